@@ -1,0 +1,1 @@
+"""The jobs that `ray job submit` runs."""

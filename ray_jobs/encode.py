@@ -1,0 +1,28 @@
+"""Encode every frame once with the frozen encoders, into the feature cache.
+
+ray job submit --working-dir . -- python -m ray_jobs.encode --config tiny --set root=$PWD/runs/tiny
+"""
+
+from functools import partial
+
+from ultra import storage
+from ultra.cli import run_job
+from ultra.config import PipelineConfig
+from ultra.data.on_ray import encode
+from ultra.model.encoders import FrozenEncoders, cache_key
+
+
+def main(config: PipelineConfig) -> None:
+    """Run the job."""
+    vision, resources = config.model.vision, config.encode
+    device = "cuda" if resources.gpus_per_replica else "cpu"
+    cache_uri = storage.join(config.data.features_uri, cache_key(vision))
+    counts = encode(config.data, resources, partial(FrozenEncoders, vision, device), cache_uri)
+    print(
+        f"{counts.frames} frames encoded; {counts.parts_cached} of {counts.parts} parts "
+        f"were in the cache {cache_uri}"
+    )
+
+
+if __name__ == "__main__":
+    run_job(main, __doc__)

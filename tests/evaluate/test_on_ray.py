@@ -1,0 +1,142 @@
+"""Predictions and scores through Ray Data, MLflow included, on a local path and on S3."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from ultra import storage
+from ultra.config import ConfigError, PipelineConfig
+from ultra.data import parquet
+from ultra.evaluate.on_ray import evaluate, predict
+from ultra.evaluate.predictions import (
+    Prediction,
+    count_training_answers,
+    read_frames,
+    read_predictions,
+)
+from ultra.evaluate.predictor import Predictor
+from ultra.model.checkpoint import CheckpointError
+from ultra.types import FrameGroup
+
+Exams = list[FrameGroup]
+
+
+def configure(
+    config: PipelineConfig, checkpoint_uri: str, root: str, **evaluate: object
+) -> PipelineConfig:
+    data = {"exams_uri": f"{root}/exams"}
+    settings = {
+        "checkpoint_uri": checkpoint_uri,
+        "predictions_uri": f"{root}/predictions",
+        "results_uri": f"{root}/evaluate",
+        "max_new_tokens": 5,
+        "batch_size": 2,
+        **evaluate,
+    }
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=data),
+            "evaluate": config.evaluate.model_copy(update=settings),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(random_checkpoint: str, exams: Exams) -> list[Prediction]:
+    predictions = Predictor(random_checkpoint, max_new_tokens=5).predict(exams[:3])
+    return sorted(predictions, key=lambda p: (p.exam_id, p.task, p.question))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_predict_answers_a_split(
+    random_config, random_checkpoint, write_exams, expected, s3_bucket, tmp_path, kind
+) -> None:
+    root = str(tmp_path) if kind == "local" else f"{s3_bucket}/predict"
+    config = configure(random_config, random_checkpoint, root, num_replicas=2, cpus_per_replica=0.5)
+    write_exams(config.data.exams_uri)
+    uri = predict(config)
+    found = read_predictions(uri)
+    # Scores came as float32; everything else is the same to the letter.
+    assert [replace(p, scores=()) for p in found] == [replace(p, scores=()) for p in expected]
+    for p, q in zip(found, expected, strict=True):
+        assert p.scores == pytest.approx(q.scores)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_predict_takes_as_many_exams_as_asked(
+    random_config, random_checkpoint, write_exams, tmp_path
+) -> None:
+    config = configure(random_config, random_checkpoint, str(tmp_path), max_exams=1)
+    write_exams(config.data.exams_uri)
+    assert {p.exam_id for p in read_predictions(predict(config))} == {"a"}
+    config = configure(random_config, random_checkpoint, str(tmp_path), split="validation")
+    assert {p.exam_id for p in read_predictions(predict(config))} == {"e"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_evaluate_scores_and_tracks(
+    random_config, random_checkpoint, write_exams, expected, tmp_path
+) -> None:
+    config = configure(random_config, random_checkpoint, str(tmp_path))
+    tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    config = config.model_copy(update={"tracking": tracking})
+    write_exams(config.data.exams_uri)
+    summary = evaluate(config)
+    assert summary.metrics["num_questions"] == 4
+    assert summary.metrics["constant/strict/em"] == pytest.approx(1 / 3)  # 囊肿 for a's kind alone
+    right = sum(p.answer == p.truth for p in expected)
+    assert summary.metrics["strict/em"] == pytest.approx(right / 3)
+    chosen = [p for p in expected if p.exam_id in {"a", "b"} and p.task == "kind"]
+    hits = sum(p.chosen == 0 for p in chosen)
+    assert summary.metrics["selection/accuracy"] == hits / 2
+    assert summary.metrics["selection/chance"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    kept = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
+    assert kept == pytest.approx(summary.metrics)
+    table = json.loads((tmp_path / "evaluate" / "tasks.json").read_text())
+    assert [row["task"] for row in table] == ["kind"] * 3 + ["normal"] * 3
+
+    client = MlflowClient(config.tracking.uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'ultra'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == pytest.approx(summary.metrics)
+    assert run.data.params["evaluate.split"] == "test"
+    artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert {
+        "answers.json",
+        "selection.json",
+        "sites.json",
+        "tasks.json",
+        "report.html",
+    } <= artifacts
+    strips = {a.path for a in client.list_artifacts(run.info.run_id, "frames")}
+    assert strips == {"frames/a.png", "frames/b.png", "frames/c.png"}
+
+
+def test_what_is_missing_is_named(random_config, random_checkpoint, write_exams, tmp_path) -> None:
+    config = configure(random_config, random_checkpoint, str(tmp_path))
+    with pytest.raises(storage.StorageError, match="no complete table"):
+        predict(config)
+    with pytest.raises(storage.StorageError, match="no complete table"):
+        read_predictions(config.evaluate.predictions_uri)
+    parquet.publish_parts(config.data.exams_uri, [])
+    with pytest.raises(ConfigError, match="no exam of 'test' in"):
+        predict(config)
+    write_exams(config.data.exams_uri)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere"):
+        predict(configure(random_config, f"{tmp_path}/nowhere", str(tmp_path)))
+
+
+def test_training_answers_and_frames(
+    write_exams: Callable[[str], None], exams: Exams, tmp_path: Path
+) -> None:
+    write_exams(str(tmp_path))
+    assert count_training_answers(str(tmp_path)) == {("kind", "是什么？", "囊肿"): 1}
+    assert read_frames(str(tmp_path), {"b", "d"}) == {"b": exams[1].frames, "d": exams[3].frames}

@@ -1,0 +1,87 @@
+"""Exams in, answers out, through a model that never trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+import torch
+
+from ultra.data import schema
+from ultra.data.prompts import encode_prompt
+from ultra.evaluate.predictions import PREDICTIONS
+from ultra.evaluate.predictor import Predictor, questions_of
+from ultra.model.splice import splice
+from ultra.types import Conversation, FrameGroup, Turn
+
+Exams = list[FrameGroup]
+
+
+@pytest.fixture(scope="module")
+def predictor(random_checkpoint: str) -> Predictor:
+    return Predictor(random_checkpoint, max_new_tokens=7)
+
+
+def test_single_turn_instruct_questions_are_asked(exams: Exams) -> None:
+    assert questions_of(exams[0]) == [("kind", "是什么？", "囊肿"), ("normal", "是否正常？", "否")]
+    ((task, question, truth),) = questions_of(exams[2])
+    assert (task, truth) == ("report", None)
+    assert question.endswith(("。", "？"))
+
+
+def test_a_table_of_exams_becomes_a_table_of_predictions(
+    predictor: Predictor, exams: Exams
+) -> None:
+    rows = [schema.to_row(exam) for exam in exams[:3]]
+    table = predictor(pa.Table.from_pylist(rows, schema=schema.EXAMS))
+    assert table.schema == PREDICTIONS
+    rows = table.to_pylist()
+    assert [(r["exam_id"], r["task"]) for r in rows] == [
+        ("a", "kind"), ("a", "normal"), ("b", "kind"), ("c", "report"),
+    ]  # fmt: skip
+    assert [len(r["scores"]) for r in rows] == [3, 3, 2, 1]
+    assert rows[0]["valid"] == [True, False, False]
+    assert rows[3]["valid"] is None
+    assert rows[3]["truth"] is None
+    assert [r["brightest"] is None for r in rows] == [False, False, False, True]
+    for exam, row in zip([exams[0], *exams[:3]], rows, strict=True):
+        assert row["content_sha256"] == schema.content_digest(exam.frames)
+        assert row["scores"][row["chosen"]] == max(row["scores"])
+        assert 1 <= len(row["token_ids"]) <= 7
+        assert row["finish_reason"] in {"stop", "length"}
+
+
+@torch.no_grad()
+def test_answers_are_the_model_s_own(predictor: Predictor, exams: Exams) -> None:
+    """The same tokens as a plain greedy loop over the spliced embeddings gives."""
+    predictions = predictor.predict(exams[:2])
+    language = predictor.language
+    for exam, p in [(exams[0], predictions[0]), (exams[1], predictions[2])]:
+        (look,) = predictor.visual.look([exam.frames])
+        assert look.chosen == p.chosen
+        prompt = encode_prompt(language.tokenizer, "plain", [Turn("user", p.question)], 4)
+        ids = torch.tensor([prompt])
+        embeds = splice(language.embedding, ids, torch.tensor(look.tokens_TD))
+        expected: list[int] = []
+        while len(expected) < 7 and language.tokenizer.eos_token_id not in expected:
+            logits = language(embeds, torch.ones(embeds.shape[:2]))
+            expected.append(int(logits[0, -1].argmax()))
+            embeds = torch.cat([embeds, language.embedding(torch.tensor([expected[-1:]]))], dim=1)
+        assert list(p.token_ids) == expected
+        assert p.answer == language.tokenizer.decode(expected, skip_special_tokens=True).strip()
+
+
+def test_a_question_longer_than_the_model_gets_an_empty_answer(
+    predictor: Predictor, exams: Exams
+) -> None:
+    def ask(question: str) -> tuple[Conversation]:
+        turns = (Turn("user", question), Turn("assistant", "囊肿"))
+        return (Conversation("instruct", "kind", turns),)
+
+    long = replace(exams[0], conversations=ask("囊" * 500))
+    nearly = replace(exams[1], conversations=ask("囊" * 385))
+    empty, cut, other = predictor.predict([long, nearly, exams[2]])
+    assert (empty.answer, empty.token_ids, empty.finish_reason) == ("", (), "length")
+    assert 0 < len(cut.token_ids) < 7
+    assert other.token_ids

@@ -1,0 +1,252 @@
+"""The Generator answers as transformers' own generate does, whatever else it is doing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from ultra.model import checkpoint, visual_table
+from ultra.model.generation import Generator, Request
+from ultra.model.splice import splice
+from ultra.model.visual_table import VisualTable
+from ultra.types import VISUAL
+
+T, D = 4, 24
+
+
+@pytest.fixture(scope="module")
+def language(random_checkpoint):
+    return checkpoint.load_language(random_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def generator(random_checkpoint):
+    with Generator(checkpoint.load_language(random_checkpoint), tokens_per_frame=T) as generator:
+        yield generator
+
+
+def make_request(
+    seed: int, exam: int | None = None, num_frames: int = 1, new: int = 24, words: int = 9
+) -> Request:
+    """A random prompt; the same exam has the same visual tokens and the same opening."""
+    exam = seed if exam is None else exam
+    of_exam = np.random.default_rng(exam)
+    tokens_VD = of_exam.normal(size=(num_frames * T, D)).astype(np.float32)
+    opening = of_exam.integers(3, 90, 3).tolist()
+    text = np.random.default_rng([seed, 1]).integers(3, 90, words).tolist()
+    prompt = [1, *opening, *[VISUAL] * (num_frames * T), *text]
+    return Request(prompt, tokens_VD, f"exam-{exam}-{num_frames}", new)
+
+
+@torch.no_grad()
+def answer_alone(language, request: Request) -> list[int]:
+    """What transformers gives for the same embeddings, one prompt at a time."""
+    ids_1S = torch.tensor([list(request.prompt_ids)])
+    embeds_1SD = splice(language.embedding, ids_1S, torch.from_numpy(request.tokens_VD))
+    ids = language.model.generate(
+        inputs_embeds=embeds_1SD,
+        attention_mask=torch.ones_like(ids_1S),
+        max_new_tokens=request.max_new_tokens,
+        do_sample=False,
+        eos_token_id=language.tokenizer.eos_token_id,
+        pad_token_id=0,
+    )
+    return ids[0].tolist()
+
+
+def expect(language, requests) -> list[list[int]]:
+    return [answer_alone(language, r) for r in requests]
+
+
+def check_answers(expected, completions) -> None:
+    assert [list(c.token_ids) for c in completions] == expected
+    for completion in completions:
+        stopped = completion.token_ids[-1] == 2
+        assert completion.finish_reason == ("stop" if stopped else "length")
+
+
+def test_the_same_tokens_as_generate(language, generator) -> None:
+    requests = [make_request(i, words=3 + 5 * (i % 4), new=8 + i) for i in range(10)]
+    requests += [make_request(i, exam=i % 3) for i in range(10, 16)]  # exams asked again
+    requests += [make_request(i, num_frames=2) for i in range(16, 19)]
+    expected = expect(language, requests)
+    assert len({tuple(ids) for ids in expected}) > 12  # the images and texts do matter
+    check_answers(expected, generator.generate(requests))
+    check_answers(expected, generator.generate(requests))  # now from cached prefixes
+
+
+def test_an_exam_asked_again_reuses_its_prefix(language, generator) -> None:
+    first, second, other = (make_request(i, exam=e) for i, e in ((0, 50), (1, 50), (0, 51)))
+    long = [
+        Request([*r.prompt_ids[:8], *range(3, 63), *r.prompt_ids[8:]], r.tokens_VD, r.exam_key, 2)
+        for r in (first, second, other)
+    ]
+    expected = expect(language, long)
+    num_read: list[int] = []
+    hook = generator._table.register_forward_hook(
+        lambda _, ids, __: num_read.append(ids[0].numel())
+    )
+    for request, ids in zip(long, expected, strict=True):
+        check_answers([ids], generator.generate([request]))
+    hook.remove()
+    # 77 tokens and one more; the second shares 68 with the first: four whole pages of 16.
+    assert num_read == [77, 1, 77 - 64, 1, 77, 1]
+
+
+def test_few_slots_small_batches_and_a_small_cache(language) -> None:
+    requests = [make_request(i, exam=i % 7, words=20 + i, new=30) for i in range(14)]
+    requests += [make_request(i, num_frames=2, new=30) for i in range(14, 17)]
+    expected = expect(language, requests)
+    # 96 tokens of cache for requests of up to 80: they are thrown out and begun again.
+    with Generator(
+        language, tokens_per_frame=T, num_slots=5, max_batch_tokens=16, page_size=4, num_blocks=24
+    ) as generator:
+        check_answers(expected, generator.generate(requests))
+
+
+def test_an_answer_that_ends_by_itself(language) -> None:
+    request = make_request(0)
+    first = answer_alone(language, request)[0]
+    tokenizer = language.tokenizer
+    eos = tokenizer.eos_token_id
+    tokenizer.eos_token_id = first
+    try:
+        with Generator(language, tokens_per_frame=T) as generator:
+            (completion,) = generator.generate([request])
+    finally:
+        tokenizer.eos_token_id = eos
+    assert completion.token_ids == (first,)
+    assert completion.finish_reason == "stop"
+
+
+def test_streams_beside_a_blocking_caller(language) -> None:
+    requests = [make_request(i, exam=i % 4, new=12 + i) for i in range(8)]
+    expected = expect(language, requests)
+    blocking: list = []
+
+    async def collect(generator, request) -> list[int]:
+        return [i async for new_ids in generator.stream(request) for i in new_ids]
+
+    async def collect_all(generator) -> list[list[int]]:
+        return await asyncio.gather(*(collect(generator, r) for r in requests))
+
+    with Generator(language, tokens_per_frame=T, num_slots=6) as generator:
+        thread = threading.Thread(target=lambda: blocking.extend(generator.generate(requests)))
+        thread.start()
+        streamed = asyncio.run(collect_all(generator))
+        thread.join()
+        check_answers(expected, blocking)
+    assert streamed == expected
+
+
+def test_a_stream_left_early_frees_its_slot(language) -> None:
+    long = [make_request(i, new=300) for i in range(3)]
+    after = make_request(9, new=5)
+    expected = expect(language, [after])[0]
+
+    async def leave(generator, request) -> None:
+        async with contextlib.aclosing(generator.stream(request)) as stream:
+            async for _ in stream:
+                return
+
+    async def run(generator) -> list[int]:
+        for request in long:  # with one slot, each waits for the one before to be dropped
+            await leave(generator, request)
+        return [i async for new_ids in generator.stream(after) for i in new_ids]
+
+    with Generator(language, tokens_per_frame=T, num_slots=1) as generator:
+        assert asyncio.run(run(generator)) == expected
+        router = generator._manager.output_router
+        assert not router.result_handlers
+        assert router.output_queue.empty()
+
+
+def test_ids_run_out_and_begin_anew(language, monkeypatch) -> None:
+    # Room for two fills of each of two slots beyond the vocabulary.
+    monkeypatch.setattr(visual_table, "MAX_ID", len(language.embedding.weight) + 2 * 2 * T)
+    requests = [make_request(i) for i in range(5)]
+    expected = expect(language, requests)
+    with Generator(language, tokens_per_frame=T, num_slots=2) as generator:
+        check_answers(expected, generator.generate(requests))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_ids": []}, "needs a prompt"),
+        ({"max_new_tokens": 0}, "at least one new token"),
+        ({"max_new_tokens": 384}, "prompt of 17 tokens and 384 new ones, but at most 400 fit"),
+        ({"prompt_ids": [VISUAL] * 3}, "4 visual tokens for 3 places"),
+        ({"prompt_ids": [VISUAL] * T + [10_000]}, "token ids must lie between 0 and"),
+        ({"prompt_ids": [VISUAL] * T + [-2]}, "token ids must lie between 0 and"),
+        ({"tokens_VD": np.zeros((5, D), np.float32)}, r"shape \(5, 24\), not \(a multiple of 4"),
+        ({"tokens_VD": np.zeros((T, 3), np.float32)}, r"shape \(4, 3\)"),
+        ({"tokens_VD": np.zeros((65 * T, D), np.float32)}, "65 frames, at most 64 fit"),
+    ],
+)
+def test_what_would_stop_the_engine_is_refused(generator, change, message) -> None:
+    good = make_request(0)
+    fields = {
+        n: getattr(good, n) for n in ("prompt_ids", "tokens_VD", "exam_key", "max_new_tokens")
+    }
+    with pytest.raises(ValueError, match=message):
+        generator.generate([good, Request(**{**fields, **change})])
+    assert generator.alive
+
+
+def test_the_longest_request_that_fits(language) -> None:
+    request = make_request(0, new=32 * 4 - 17)
+    expected = expect(language, [request])
+    with Generator(language, tokens_per_frame=T, page_size=4, num_blocks=32) as generator:
+        assert generator.capacity == 128
+        check_answers(expected, generator.generate([request]))
+        with pytest.raises(ValueError, match="17 tokens and 112 new ones, but at most 128 fit"):
+            generator.generate([make_request(0, new=112)])
+
+
+def test_the_model_gets_its_embedding_back(language) -> None:
+    own = language.embedding
+    with Generator(language, tokens_per_frame=T) as generator:
+        assert generator.alive
+        assert language.embedding is not own
+        with pytest.raises(ValueError, match="already has a generator"):
+            Generator(language, tokens_per_frame=T)
+    assert not generator.alive
+    assert language.embedding is own
+
+
+def test_a_dead_engine_says_so(language) -> None:
+    request = make_request(0)
+    with Generator(language, tokens_per_frame=T) as generator:
+        generator._manager._generation_step = None  # not callable: the loop dies on it
+        with pytest.raises(RuntimeError, match="engine failed: 'NoneType' object is not callable"):
+            generator.generate([request])
+        assert not generator.alive
+        with pytest.raises(RuntimeError, match="does not run"):
+            generator.generate([request])
+
+
+def test_a_refilled_slot_has_new_ids() -> None:
+    table = VisualTable(torch.nn.Embedding(10, D), num_slots=2, tokens_per_frame=T)
+    a, b, c = (np.full((T, D), value, np.float32) for value in (1, 2, 3))
+    ids_a, ids_b = table.acquire("a", a), table.acquire("b", b)
+    assert (ids_a, ids_b) == ([10, 11, 12, 13], [14, 15, 16, 17])
+    assert table.acquire("c", c) is None  # both are held
+    table.release("a")
+    assert table.acquire("a", a) == ids_a  # still there
+    table.release("a")
+    ids_c = table.acquire("c", c)
+    assert ids_c == [18, 19, 20, 21]  # the slot of a, on its second round
+    out = table(torch.tensor([ids_b + ids_c + [7]], dtype=torch.int32))
+    assert torch.equal(out[0, :T], torch.from_numpy(b))
+    assert torch.equal(out[0, T : 2 * T], torch.from_numpy(c))
+    assert torch.equal(out[0, -1], table.text.weight[7])
+    table.release("b")
+    assert table.in_use
+    with pytest.raises(ValueError, match="exam c: 8 visual tokens now, 4 before"):
+        table.acquire("c", np.zeros((2 * T, D), np.float32))

@@ -1,0 +1,74 @@
+"""The command line every job shares."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ultra.config import ConfigError, InputError, PipelineConfig, load, preset_names
+
+
+def run_job(
+    job: Callable[[PipelineConfig], None],
+    description: str | None,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Run a job with the configuration the command line names.
+
+    What the user can put right ends the process with one line and status 2.
+    """
+    config = config_from_args(description, argv)
+    try:
+        job(config)
+    except InputError as error:
+        sys.exit(_fail(error))
+
+
+def _fail(error: InputError) -> int:
+    sys.stderr.write(f"{' '.join(str(error).split())}\n")
+    return 2
+
+
+def config_from_args(description: str | None, argv: Sequence[str] | None = None) -> PipelineConfig:
+    """Return the configuration the command line names; exit after `--print` or a wrong value."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        default="tiny",
+        metavar="NAME|PATH",
+        help=f"a preset ({', '.join(preset_names())}) or a YAML file; default %(default)s",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="replace one value; may be given again",
+    )
+    parser.add_argument("--print", action="store_true", help="print the whole tree and stop")
+    args = parser.parse_args(argv)
+    try:
+        config = load(args.config, args.overrides)
+        _refuse_lost_output(config)
+    except ConfigError as error:
+        parser.exit(2, f"{error}\n")
+    if args.print:
+        sys.stdout.write(config.to_yaml())
+        parser.exit()
+    return config
+
+
+def _refuse_lost_output(config: PipelineConfig) -> None:
+    # `ray job submit --working-dir` runs in a copy of the folder that Ray deletes afterwards.
+    in_copy = "runtime_resources" in Path.cwd().parts
+    if in_copy and "://" not in config.root and not os.path.isabs(config.root):
+        raise ConfigError(
+            f"root: {config.root!r} is relative, and this job's working directory is a copy that "
+            "Ray deletes; give an absolute path or an s3:// address"
+        )

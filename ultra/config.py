@@ -1,0 +1,427 @@
+"""The configuration: one frozen tree, from one YAML, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message names it and what is allowed.
+
+    Jobs print the message and stop; anything else is a fault of ours and shows where it happened.
+    """
+
+
+class ConfigError(InputError, ValueError):
+    """A configuration that cannot be used; the message names the key and what is allowed."""
+
+
+class Section(BaseModel):
+    """A part of the tree: immutable, and it knows no key but its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SimulatorConfig(Section):
+    """Exams of the simulator, for `data.source: simulator`."""
+
+    num_patients: Positive = 240
+    max_exams_per_patient: Positive = 4
+    """A patient has one to this many exams."""
+    min_frames: Positive = 4
+    max_frames: Positive = 6
+    frame_size: Annotated[int, Field(ge=32, le=1024)] = 128
+    """Side of the square frames, in pixels."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames {self.min_frames} exceeds max_frames {self.max_frames}")
+        return self
+
+
+class DataConfig(Section):
+    """Where exams come from, where they go, and what is let in."""
+
+    source: Literal["simulator", "folder"] = "simulator"
+    folder_uri: str = ""
+    """The exam folder (`exams.jsonl` beside its frames), for `source: folder`."""
+    simulator: SimulatorConfig = SimulatorConfig()
+    exams_uri: str = "{root}/exams"
+    quarantine_uri: str = "{root}/quarantine"
+    audit_uri: str = "{root}/audit"
+    """One row per frame let in: what shows that it carries no identity."""
+    features_uri: str = "{root}/features"
+    seed: int = 0
+    assume_deidentified: str = ""
+    """The user's signed statement ("who, when") that plain JPEG and PNG carry no identity."""
+    patient_key_secret: str = ""
+    """Key of the pseudonyms; empty means a fresh random one for every run of prepare."""
+    validation_fraction: Fraction = 0.1
+    test_fraction: Fraction = 0.2
+    max_frames: Annotated[int, Field(ge=1, le=64)] = 64
+    """Frames kept of an exam; a longer cine is sampled evenly."""
+    max_frame_bytes: Positive = 32 * 2**20
+    max_frame_pixels: Positive = 25_000_000
+    max_dicom_bytes: Positive = 512 * 2**20
+    """Size of a DICOM file, which may hold a whole cine."""
+    duplicate_threshold: Annotated[float, Field(ge=0)] = 2.0
+    """Mean absolute difference, in grey levels, below which a frame repeats the one kept before."""
+    exams_per_file: Positive = 1024
+    """Exams of one file at most; fewer where that would leave CPUs idle."""
+    row_group_mib: Annotated[int, Field(ge=1, le=64)] = 16
+
+    @model_validator(mode="after")
+    def _leaves_training(self) -> Self:
+        if self.validation_fraction + self.test_fraction > 1:
+            raise ValueError(
+                f"validation_fraction {self.validation_fraction} and test_fraction "
+                f"{self.test_fraction} must not exceed 1 together"
+            )
+        return self
+
+
+class EncoderConfig(Section):
+    """One frozen vision encoder."""
+
+    name: Literal["clip", "sam"]
+    weights: str
+    """A transformers directory (clip), or a `.pth` or `.safetensors` file (sam)."""
+    width: Positive
+    """Channels of a visual token as this encoder gives it, after pooling to the grid."""
+    layer: int = -2
+    """clip: the hidden layer that is read."""
+    pool: Literal["unshuffle", "avgpool"] = "unshuffle"
+    """sam: how its grid is brought to `grid`: space-to-depth (lossless) or averaging."""
+
+
+class VisionConfig(Section):
+    """The frozen encoders and the grid they share."""
+
+    grid: Positive
+    """Visual tokens along one side of a frame."""
+    encoders: Annotated[tuple[EncoderConfig, ...], Field(min_length=1, max_length=2)]
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type of the features, in the cache and out of it."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [encoder.name for encoder in self.encoders]
+        if len(set(names)) != len(names):
+            raise ValueError(f"encoders must differ, got {names}")
+        return self
+
+
+class FusionConfig(Section):
+    """Projectors and the weight between two encoders (Eq. 2)."""
+
+    projector: Literal["linear", "mlp"] = "linear"
+    alpha: Fraction = 0.5
+    """Start of the first encoder's weight; it is trained where a stage names `alpha`."""
+
+
+class SelectionConfig(Section):
+    """Which frame the language model sees, and how the choice learns (Eqs. 3 to 5)."""
+
+    strategy: Literal["adaptive", "first", "random", "each", "all"] = "adaptive"
+    pool: Literal["max", "mean", "attention"] = "max"
+    """How token scores become a frame's feature score (Eq. 3)."""
+    gradient: Literal["straight_through", "hard", "gumbel", "soft"] = "straight_through"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    teacher: Literal["none", "attention", "likelihood"] = "attention"
+    """Func. b of the paper: what the feature score is taught with; `none` is Func. a."""
+    teacher_layers: Positive = 2
+    """N of Eq. 4: language-model layers the attention teacher reads."""
+    teacher_warmup_steps: Annotated[int, Field(ge=0)] = 120
+    """Steps before the redundancy loss starts, counted over all stages."""
+    redundancy_weight: Annotated[float, Field(ge=0)] = 1.0
+
+
+class LoraConfig(Section):
+    """PEFT's LoRA on the language model."""
+
+    rank: Positive = 8
+    alpha: Positive = 16
+    dropout: Fraction = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+class LanguageConfig(Section):
+    """The causal language model."""
+
+    weights: str
+    """A transformers directory, or a `.gguf` file."""
+    template: Literal["plain", "vicuna", "llama2", "chatml"] = "plain"
+    max_length: Positive = 2048
+    """Longest prompt and answer together, visual tokens included."""
+    lora: LoraConfig | None = LoraConfig()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class ModelConfig(Section):
+    """LLaVA-Ultra and its relatives."""
+
+    vision: VisionConfig
+    fusion: FusionConfig = FusionConfig()
+    selection: SelectionConfig = SelectionConfig()
+    language: LanguageConfig
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Visual tokens of one frame (T)."""
+        return self.vision.grid**2
+
+    def num_visual_tokens(self, num_frames: int) -> int:
+        """Visual tokens the language model reads for a group of `num_frames`."""
+        frames = num_frames if self.selection.strategy == "all" else 1
+        return frames * self.tokens_per_frame
+
+
+class EncodeConfig(Section):
+    """The job that fills the feature cache."""
+
+    num_replicas: Positive = 1
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 1
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+
+
+Part = Literal["projectors", "alpha", "scorer", "lora", "language"]
+
+
+class StageConfig(Section):
+    """One stage: what it trains, for how long, how fast."""
+
+    name: Literal["align", "instruct"]
+    trainable: Annotated[tuple[Part, ...], Field(min_length=1)]
+    steps: Positive | None = None
+    epochs: Positive | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_fraction: Fraction = 0.03
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        if {"lora", "language"} <= set(self.trainable):
+            raise ValueError("train lora or the whole language model, not both")
+        return self
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO."""
+
+    stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "cpu"] = "none"
+
+
+class TrainConfig(Section):
+    """The two stages and the machines they run on."""
+
+    output_uri: str = "{root}/train"
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+    start_from: str = ""
+    """A checkpoint whose weights the first stage starts with."""
+    features: Literal["auto", "require", "pixels"] = "auto"
+    """auto: the feature cache when it holds every exam, pixels otherwise."""
+    num_workers: Positive = 1
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    batch_size: Positive = 16
+    """Samples of one optimizer step, over all workers."""
+    micro_batch_size: Positive = 16
+    """Samples of one forward pass of one worker."""
+    zero: ZeroConfig = ZeroConfig()
+    precision: Literal["float32", "bfloat16"] = "float32"
+    scorer_learning_rate_scale: Annotated[float, Field(gt=0)] = 5.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    seed: int = 0
+    checkpoint_every: Positive | None = None
+    """Steps between checkpoints; a stage's end always writes one."""
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    log_every: Positive = 10
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch_size % (self.micro_batch_size * self.num_workers):
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of micro_batch_size "
+                f"{self.micro_batch_size} times num_workers {self.num_workers}"
+            )
+        return self
+
+    @property
+    def gradient_accumulation(self) -> int:
+        """Forward passes of each worker in one optimizer step."""
+        return self.batch_size // (self.micro_batch_size * self.num_workers)
+
+
+class EvaluateConfig(Section):
+    """Answering and scoring a split."""
+
+    checkpoint_uri: str = "{root}/train/checkpoint"
+    predictions_uri: str = "{root}/predictions"
+    results_uri: str = "{root}/evaluate"
+    split: Literal["train", "validation", "test"] = "test"
+    max_exams: Positive | None = None
+    max_new_tokens: Positive = 128
+    batch_size: Positive = 16
+    num_replicas: Positive = 1
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 1
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    tokenizer: Literal["char"] = "char"
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str = "sqlite:///{root}/mlflow.db"
+    """Tracking server or database; empty switches tracking off."""
+    experiment: str = "ultra"
+    artifacts_uri: str = ""
+    """Where a new experiment keeps artifacts; empty leaves it to the server."""
+
+
+class PipelineConfig(Section):
+    """The whole tree."""
+
+    name: str
+    root: str = "runs/{name}"
+    """Folder or s3:// address under which every part keeps its output."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig
+    encode: EncodeConfig = EncodeConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def to_yaml(self) -> str:
+        """Return the tree as YAML that `load` reads back to an equal tree."""
+        return yaml.safe_dump(self.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+
+
+def preset_names() -> list[str]:
+    """Return the names of the shipped presets."""
+    folder = resources.files("ultra") / "presets"
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def load(name_or_path: str, overrides: Iterable[str] = ()) -> PipelineConfig:
+    """Return the checked tree of a preset or a YAML file.
+
+    Args:
+        name_or_path: a preset's name, or the path of a YAML file.
+        overrides: `a.b=value` items, applied in order; values are YAML.
+
+    Raises:
+        ConfigError: for an unknown preset, key or value, naming its path and what is allowed.
+    """
+    raw = _read(name_or_path)
+    for item in overrides:
+        _override(raw, item)
+    return parse(raw)
+
+
+def parse(raw: Any) -> PipelineConfig:
+    """Return the checked tree of already read YAML, with `{root}` and `{name}` filled in."""
+    try:
+        config = PipelineConfig.model_validate(raw)
+        root = config.root.replace("{name}", config.name).rstrip("/")
+        return PipelineConfig.model_validate(_fill(config.model_dump(), root))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise ConfigError(f"no configuration file {name_or_path}")
+        text = path.read_text(encoding="utf-8")
+    elif name_or_path in preset_names():
+        preset = resources.files("ultra") / "presets" / f"{name_or_path}.yaml"
+        text = preset.read_text(encoding="utf-8")
+    else:
+        known = ", ".join(preset_names())
+        raise ConfigError(f"unknown preset {name_or_path!r}; known: {known}; or give a .yaml file")
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name_or_path} is not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{name_or_path} must hold a mapping, got {type(raw).__name__}")
+    return raw
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    path, equals, value = item.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set wants a.b=value, got {item!r}")
+    *parents, last = path.split(".")
+    node: Any = raw
+    for key in parents:
+        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+            node = node[int(key)]
+        elif isinstance(node, dict):
+            node = node.setdefault(key, {})
+        else:
+            raise ConfigError(f"{path}: no key {key!r} to go through")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"{path}: {value!r} is not YAML") from None
+    if isinstance(node, dict):
+        node[last] = parsed
+    elif isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = parsed
+    else:
+        raise ConfigError(f"{path}: no key {last!r} to set")
+
+
+def _fill(node: Any, root: str) -> Any:
+    if isinstance(node, dict):
+        return {key: root if key == "root" else _fill(value, root) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_fill(value, root) for value in node]
+    return node.replace("{root}", root) if isinstance(node, str) else node
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        allowed = ", ".join(_keys_at(error["loc"][:-1]))
+        return f"{path}: unknown key; allowed: {allowed}"
+    if error["type"] == "missing":
+        return f"{path}: missing"
+    shown = "" if isinstance(error["input"], dict | list) else f", got {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{path}: {message}{shown}"
+
+
+def _keys_at(path: tuple[int | str, ...]) -> list[str]:
+    section: Any = PipelineConfig
+    for key in path:
+        if isinstance(key, str) and key in section.model_fields:
+            section = _section_in(section.model_fields[key].annotation)
+    return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _section_in(inner)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,133 @@
+"""Rows of exams as padded batches.
+
+Shapes: B samples, K frames of a group (padded), S text tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ultra.data.prompts import Tokenizer, encode_conversation
+from ultra.types import IGNORED, Batch, Conversation, FrameGroup, Stage
+
+Features = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One exam with the conversation it is trained on.
+
+    Attributes:
+        features: encoder name -> (K, T, F), or None when the frames' pixels are used.
+        epoch: the pass over the exams it belongs to.
+    """
+
+    group: FrameGroup
+    conversation: Conversation
+    features: Features | None
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Collator:
+    """Turns samples into a batch.
+
+    Args:
+        tokenizer: the language model's.
+        template: name of the conversation template.
+        num_visual_tokens: number of frames -> visual tokens the language model reads.
+        max_length: longest row; a longer one loses its end.
+    """
+
+    tokenizer: Tokenizer
+    template: str
+    num_visual_tokens: Callable[[int], int]
+    max_length: int
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Return the padded batch.
+
+        Raises:
+            ValueError: for a sample with nothing to learn from, naming the exam.
+        """
+        texts = [self._encode(sample) for sample in samples]
+        findings = [self._encode_findings(sample.group) for sample in samples]
+        input_ids_BS, text_mask_BS = pad([ids for ids, _ in texts], 0)
+        labels_BS, _ = pad([labels for _, labels in texts], IGNORED)
+        findings_ids_BS, findings_mask_BS = pad(findings, 0)
+        counts = [len(sample.group.frame_sizes) for sample in samples]
+        frame_mask_BK = np.arange(max(counts))[None] < np.array(counts)[:, None]
+        has_features = samples[0].features is not None
+        return Batch(
+            exam_ids=tuple(sample.group.exam_id for sample in samples),
+            epochs=tuple(sample.epoch for sample in samples),
+            frames=None if has_features else tuple(sample.group.frames for sample in samples),
+            features=self._stack(samples, frame_mask_BK) if has_features else None,
+            frame_mask_BK=frame_mask_BK,
+            input_ids_BS=input_ids_BS,
+            labels_BS=labels_BS,
+            text_mask_BS=text_mask_BS,
+            findings_ids_BS=findings_ids_BS,
+            findings_mask_BS=findings_mask_BS,
+        )
+
+    def _encode(self, sample: Sample) -> tuple[list[int], list[int]]:
+        num_visual = self.num_visual_tokens(len(sample.group.frame_sizes))
+        try:
+            ids, labels = encode_conversation(
+                self.tokenizer, self.template, sample.conversation.turns, num_visual
+            )
+        except ValueError as error:
+            raise ValueError(f"exam {sample.group.exam_id}: {error}") from None
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if all(label == IGNORED for label in labels):
+            raise ValueError(
+                f"exam {sample.group.exam_id}: no answer within the first {self.max_length} tokens"
+            )
+        return ids, labels
+
+    def _encode_findings(self, group: FrameGroup) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        text = self.tokenizer.encode(group.findings or group.diagnosis, add_special_tokens=False)
+        return ([] if bos is None else [bos]) + text[: self.max_length]
+
+    def _stack(
+        self, samples: Sequence[Sample], frame_mask_BK: NDArray[np.bool_]
+    ) -> dict[str, NDArray[np.generic]]:
+        stacked: dict[str, NDArray[np.generic]] = {}
+        for name in samples[0].features or {}:
+            arrays = [(sample.features or {})[name] for sample in samples]
+            shape = (*frame_mask_BK.shape, *arrays[0].shape[1:])
+            stacked[name] = np.zeros(shape, dtype=arrays[0].dtype)
+            for row, array in enumerate(arrays):
+                stacked[name][row, : len(array)] = array
+        return stacked
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return rows padded on the right to the longest, and the mask of what is real."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max())[None] < lengths[:, None]
+    padded = np.full(mask.shape, value, dtype=np.int64)
+    padded[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    return padded, mask
+
+
+def pick_conversation(group: FrameGroup, stage: Stage, seed: int, epoch: int) -> Conversation:
+    """Return the conversation of an exam that an epoch trains on; another one each epoch.
+
+    Raises:
+        ValueError: when the exam has none for the stage, naming it.
+    """
+    fitting = [c for c in group.conversations if c.stage == stage]
+    if not fitting:
+        raise ValueError(
+            f"exam {group.exam_id}: no conversation for stage {stage!r}; run ray_jobs.instructions"
+        )
+    digest = hashlib.sha256(f"{seed} {group.exam_id}".encode()).digest()
+    return fitting[(int.from_bytes(digest[:8], "big") + epoch) % len(fitting)]

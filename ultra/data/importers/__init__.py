@@ -1,0 +1,1 @@
+"""Readers of the formats exams come in."""

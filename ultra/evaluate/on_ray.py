@@ -1,0 +1,136 @@
+"""Batch inference and scoring on Ray Data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy
+from ray.data.expressions import col
+
+from ultra import storage
+from ultra.config import ConfigError, PipelineConfig
+from ultra.data import parquet
+from ultra.evaluate.baselines import count_answers
+from ultra.evaluate.predictions import (
+    PREDICTIONS,
+    Prediction,
+    count_training_answers,
+    read_frames,
+    read_predictions,
+)
+from ultra.evaluate.predictor import Predictor
+from ultra.evaluate.report import build_report, pick_exams, show_results
+from ultra.evaluate.tables import Summary, draw_curves, draw_strip, summarise
+from ultra.model import checkpoint
+from ultra.tracking import Tracker, open_run, read_history
+
+NUM_SHOWN = 12
+"""Exams shown as pictures."""
+
+
+def predict(config: PipelineConfig) -> str:
+    """Answer every question about the exams of a split and return the predictions' address.
+
+    Raises:
+        CheckpointError: when there is no checkpoint to answer with.
+        StorageError: when there is no complete table of exams.
+        ConfigError: when the split holds no exam.
+    """
+    settings = config.evaluate
+    checkpoint.read(settings.checkpoint_uri)
+    exam_ids = _exam_ids(config)
+    exams = _read_exams(config.data.exams_uri, exam_ids, settings.batch_size)
+    answered = exams.map_batches(
+        Predictor,
+        fn_constructor_kwargs={
+            "checkpoint_uri": settings.checkpoint_uri,
+            "max_new_tokens": settings.max_new_tokens,
+            "device": "cuda" if settings.gpus_per_replica else "cpu",
+        },
+        batch_size=settings.batch_size,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=settings.num_replicas),
+        num_cpus=settings.cpus_per_replica,
+        num_gpus=settings.gpus_per_replica or None,
+    )
+    tables: Iterable[pa.Table] = answered.iter_batches(batch_size=None, batch_format="pyarrow")
+    part = parquet.write_part(
+        (row for table in tables for row in table.to_pylist()),
+        settings.predictions_uri,
+        PREDICTIONS,
+        position=0,
+        row_group_bytes=config.data.row_group_mib * 2**20,
+    )
+    parquet.publish_parts(settings.predictions_uri, [part] if part else [])
+    return settings.predictions_uri
+
+
+def evaluate(config: PipelineConfig) -> Summary:
+    """Answer a split, score the answers and return the scores, also kept beside the tables.
+
+    Raises:
+        CheckpointError: when there is no checkpoint to answer with.
+        StorageError: when there is no complete table of exams.
+        ConfigError: when the split holds no exam.
+    """
+    with open_run(config, "evaluate") as tracker:
+        predictions = read_predictions(predict(config))
+        blind = count_answers(count_training_answers(config.data.exams_uri))
+        summary = summarise(predictions, blind, config.evaluate.tokenizer)
+        _keep(summary, config.evaluate.results_uri)
+        tracker.metrics(summary.metrics)
+        for name, rows in summary.tables.items():
+            tracker.table(name, rows)
+        _show(config, tracker, predictions, summary)
+    return summary
+
+
+def _exam_ids(config: PipelineConfig) -> list[str]:
+    uri, split = config.data.exams_uri, config.evaluate.split
+    rows = (
+        row
+        for part in parquet.part_uris(uri)
+        for row in parquet.read_rows(part, ["exam_id", "split"])
+    )
+    wanted = (row["exam_id"] for row in rows if row["split"] == split)
+    exam_ids = list(islice(wanted, config.evaluate.max_exams))
+    if not exam_ids:
+        raise ConfigError(f"evaluate.split: no exam of {split!r} in {uri}")
+    return exam_ids
+
+
+def _read_exams(uri: str, exam_ids: Sequence[str], batch_size: int) -> ray.data.Dataset:
+    filesystem, _ = storage.resolve(uri)
+    paths = [storage.resolve(part)[1] for part in parquet.part_uris(uri)]
+    exams = ray.data.read_parquet(paths, filesystem=filesystem, partitioning=None)
+    chosen = exams.filter(expr=col("exam_id").is_in(list(exam_ids)))
+    # Row groups hold many batches; without this a small split would keep one replica busy.
+    return chosen.repartition(target_num_rows_per_block=batch_size)
+
+
+def _keep(summary: Summary, uri: str) -> None:
+    for name, content in {"summary": summary.metrics, **summary.tables}.items():
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        storage.write_bytes(storage.join(uri, f"{name}.json"), text.encode())
+
+
+def _show(
+    config: PipelineConfig, tracker: Tracker, predictions: Sequence[Prediction], summary: Summary
+) -> None:
+    exam_ids = sorted({p.exam_id for p in predictions})
+    step = max(1, len(exam_ids) // NUM_SHOWN)
+    shown = set(exam_ids[::step][:NUM_SHOWN])
+    exams = pick_exams(predictions, read_frames(config.data.exams_uri, shown))
+    for exam in exams:
+        p = exam.predictions[0]
+        figure = draw_strip(exam.frames, p.scores, p.chosen, p.valid)
+        tracker.figure(f"frames/{p.exam_id}", figure)
+    curves = read_history(config, "train")
+    if curves:
+        tracker.figure("training_curves", draw_curves(curves))
+    sections = show_results(summary, exams, curves)
+    tracker.text("report.html", build_report(f"Evaluation of {config.name}", sections))

@@ -1,0 +1,143 @@
+"""Predictions: one row for every question asked about an exam."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ultra import storage
+from ultra.data import parquet, schema
+from ultra.types import Conversation
+
+Asked = tuple[str, str, str]
+"""(task, question, answer)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """An answer, how it came about, and the truth where it is known.
+
+    Attributes:
+        task: what is asked, for scores by task.
+        truth: the answer in the exams table; None where nobody wrote one.
+        chosen: index of the frame the answer rests on.
+        scores: feature score of every frame.
+        valid: whether each frame shows what the report says; None where nobody knows.
+        brightest: the frame with the brightest local blob, a choice made without a model; None
+            where `valid` gives nothing to grade it by.
+        darkest: the same for the darkest blob.
+        token_ids: the answer as the language model gave it.
+        finish_reason: `stop`, or `length` for an answer that was cut.
+        content_sha256: digest of the exam's frames.
+    """
+
+    exam_id: str
+    patient_key: str
+    site: str
+    task: str
+    question: str
+    answer: str
+    truth: str | None
+    chosen: int
+    scores: tuple[float, ...]
+    valid: tuple[bool, ...] | None
+    brightest: int | None
+    darkest: int | None
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    content_sha256: str
+
+
+PREDICTIONS = pa.schema(
+    [
+        ("exam_id", pa.string()),
+        ("patient_key", pa.string()),
+        ("site", pa.string()),
+        ("task", pa.string()),
+        ("question", pa.string()),
+        ("answer", pa.string()),
+        ("truth", pa.string()),
+        ("chosen", pa.int32()),
+        ("scores", pa.list_(pa.float32())),
+        ("valid", pa.list_(pa.bool_())),
+        ("brightest", pa.int32()),
+        ("darkest", pa.int32()),
+        ("token_ids", pa.list_(pa.int64())),
+        ("finish_reason", pa.string()),
+        ("content_sha256", pa.string()),
+    ]
+)
+
+
+def to_table(predictions: Iterable[Prediction]) -> pa.Table:
+    """Return predictions as a table of PREDICTIONS."""
+    return pa.Table.from_pylist([asdict(p) for p in predictions], schema=PREDICTIONS)
+
+
+def read_predictions(uri: str) -> list[Prediction]:
+    """Return the predictions at an address, sorted by exam, task and question.
+
+    Raises:
+        StorageError: when there is no complete table at the address.
+    """
+    rows = [
+        Prediction(
+            **{
+                **row,
+                "scores": tuple(row["scores"]),
+                "valid": None if row["valid"] is None else tuple(row["valid"]),
+                "token_ids": tuple(row["token_ids"]),
+            }
+        )
+        for part in parquet.part_uris(uri)
+        for row in parquet.read_rows(part)
+    ]
+    return sorted(rows, key=lambda p: (p.exam_id, p.task, p.question))
+
+
+def count_training_answers(exams_uri: str) -> Counter[Asked]:
+    """Return how often each (task, question, answer) stands in the train split; no frame is read.
+
+    Raises:
+        StorageError: when there is no complete table at the address.
+    """
+    counts: Counter[Asked] = Counter()
+    for part in parquet.part_uris(exams_uri):
+        for row in parquet.read_rows(part, ["split", "conversations"]):
+            if row["split"] == "train":
+                conversations = schema.conversations_from_rows(row["conversations"])
+                counts.update(questions_in(conversations))
+    return counts
+
+
+def questions_in(conversations: Iterable[Conversation]) -> Iterator[Asked]:
+    """Yield task, question and answer of the single-turn `instruct` conversations."""
+    for conversation in conversations:
+        if conversation.stage == "instruct" and len(conversation.turns) == 2:
+            question, answer = conversation.turns
+            yield conversation.task, question.content, answer.content
+
+
+def read_frames(exams_uri: str, exam_ids: Collection[str]) -> dict[str, tuple[bytes, ...]]:
+    """Return exam id -> its encoded frames, for the named exams alone.
+
+    Only the row groups that hold one of them are read.
+
+    Raises:
+        StorageError: when there is no complete table at the address.
+    """
+    found: dict[str, tuple[bytes, ...]] = {}
+    for part in parquet.part_uris(exams_uri):
+        with storage.open_read(part) as file, pq.ParquetFile(file) as table:
+            for index in range(table.num_row_groups):
+                ids = table.read_row_group(index, columns=["exam_id"])["exam_id"].to_pylist()
+                if not set(exam_ids).isdisjoint(ids):
+                    frames = table.read_row_group(index, columns=["frames"])["frames"].to_pylist()
+                    found |= {
+                        i: tuple(f) for i, f in zip(ids, frames, strict=True) if i in exam_ids
+                    }
+    return found

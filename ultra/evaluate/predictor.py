@@ -1,0 +1,113 @@
+"""Rows of exams in, answers out: one replica of batch inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from ultra.data import schema
+from ultra.data.instructions import QUESTIONS
+from ultra.data.prompts import encode_prompt
+from ultra.evaluate.baselines import find_blobs
+from ultra.evaluate.predictions import Prediction, questions_in, to_table
+from ultra.model import checkpoint
+from ultra.model.generation import Completion, Generator, Request
+from ultra.types import FrameGroup, Turn, VisualTokens
+
+Question = tuple[str, str, str | None]
+"""(task, question, truth)."""
+
+
+class Predictor:
+    """Answers the questions of exams with a checkpoint's model.
+
+    Args:
+        checkpoint_uri: what answers; its own configuration counts, no other.
+        max_new_tokens: longest answer.
+        device: where torch runs, `cpu` or `cuda`.
+    """
+
+    def __init__(self, checkpoint_uri: str, max_new_tokens: int, device: str = "cpu") -> None:
+        self.max_new_tokens = max_new_tokens
+        self.config = checkpoint.read(checkpoint_uri).config.model
+        self.visual = checkpoint.load_visual(checkpoint_uri, device)
+        self.language = checkpoint.load_language(checkpoint_uri, device)
+
+    def __call__(self, exams: pa.Table) -> pa.Table:
+        """Return the PREDICTIONS of a table of EXAMS, in its order."""
+        return to_table(self.predict([schema.from_row(row) for row in exams.to_pylist()]))
+
+    def predict(self, groups: Sequence[FrameGroup]) -> list[Prediction]:
+        """Return the predictions for every question of every group.
+
+        An answer ends where the language model's `max_length` does; a prompt that leaves no room
+        gets an empty one, cut by length.
+        """
+        looks = self.visual.look([group.frames for group in groups])
+        asked = [(g, v, q) for g, v in zip(groups, looks, strict=True) for q in questions_of(g)]
+        requests = [self._request(*each) for each in asked]
+        fitting = [request for request in requests if request.max_new_tokens > 0]
+        # For this batch alone: its thread would keep a replica's process alive after the job.
+        with Generator(self.language, tokens_per_frame=self.config.tokens_per_frame) as generator:
+            answers = iter(generator.generate(fitting))
+        completions = [
+            next(answers) if request.max_new_tokens > 0 else Completion((), "length")
+            for request in requests
+        ]
+        blobs = {group.exam_id: _gradable_blobs(group) for group in groups}
+        return [
+            self._prediction(group, look, question, completion, blobs[group.exam_id])
+            for (group, look, question), completion in zip(asked, completions, strict=True)
+        ]
+
+    def _request(self, group: FrameGroup, look: VisualTokens, question: Question) -> Request:
+        turns = [Turn("user", question[1])]
+        language = self.config.language
+        prompt_ids = encode_prompt(
+            self.language.tokenizer, language.template, turns, len(look.tokens_TD)
+        )
+        room = min(self.max_new_tokens, language.max_length - len(prompt_ids))
+        return Request(prompt_ids, look.tokens_TD, schema.content_digest(group.frames), room)
+
+    def _prediction(
+        self,
+        group: FrameGroup,
+        look: VisualTokens,
+        question: Question,
+        completion: Completion,
+        blobs: tuple[int, int] | None,
+    ) -> Prediction:
+        task, text, truth = question
+        answer = self.language.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        return Prediction(
+            exam_id=group.exam_id,
+            patient_key=group.patient_key,
+            site=group.site,
+            task=task,
+            question=text,
+            answer=answer.strip(),
+            truth=truth,
+            chosen=look.chosen,
+            scores=look.scores_K,
+            valid=group.valid,
+            brightest=blobs[0] if blobs else None,
+            darkest=blobs[1] if blobs else None,
+            token_ids=completion.token_ids,
+            finish_reason=completion.finish_reason,
+            content_sha256=schema.content_digest(group.frames),
+        )
+
+
+def questions_of(group: FrameGroup) -> list[Question]:
+    """Return the single-turn `instruct` questions of an exam with their true answers.
+
+    An exam that has none is asked for its report; nothing is known to compare that with.
+    """
+    return list(questions_in(group.conversations)) or [("report", QUESTIONS["report"][0], None)]
+
+
+def _gradable_blobs(group: FrameGroup) -> tuple[int, int] | None:
+    if group.valid is None or all(group.valid) or not any(group.valid):
+        return None
+    return find_blobs(group.frames)

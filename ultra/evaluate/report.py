@@ -1,0 +1,172 @@
+"""A report for a browser: one HTML file with everything inside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ultra.evaluate.predictions import Prediction
+from ultra.evaluate.tables import Summary, draw_curves
+
+NOTICE = "Nothing here is a medical device, or may be used for diagnosis or treatment."
+
+_ROWS = (
+    "<code>constant</code> gives each task its most frequent training answer, "
+    "<code>question_only</code> the most frequent training answer to the very same question: what "
+    "a model that never looks at the frames could reach."
+)
+_SELECTION = (
+    "Over the exams in which some frames show what the report says and some do not. "
+    "<code>chance</code> is a random choice, <code>brightest</code> and <code>darkest</code> the "
+    "frame with the most striking blob, chosen without a model."
+)
+_STRIPS = "Orange outside: the frame the model chose. Green inside: shows what the report says."
+
+_STYLE = """
+body { font: 16px/1.5 "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif;
+  max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff; }
+h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.5rem; }
+.notice { border-left: 6px solid #d95f02; background: #fff4ec; padding: .7rem 1rem; }
+table { border-collapse: collapse; margin: .8rem 0; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc; text-align: left;
+  vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.strip { display: flex; flex-wrap: wrap; gap: .8rem; margin: .8rem 0; }
+figure { margin: 0; width: 9.5rem; text-align: center; font-size: .85rem; }
+figure img { width: 100%; display: block; box-sizing: border-box;
+  border: 4px solid transparent; outline: 4px solid transparent; }
+figure.valid img { border-color: #1b9e77; }
+figure.chosen img { outline-color: #d95f02; }
+.wide { max-width: 100%; }
+section { margin-bottom: 2rem; }
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """An exam as the report shows it: its frames and every answer about it."""
+
+    frames: tuple[bytes, ...]
+    predictions: tuple[Prediction, ...]
+
+
+def pick_exams(
+    predictions: Iterable[Prediction], frames: Mapping[str, Sequence[bytes]]
+) -> list[Exam]:
+    """Return the exams whose frames are given, in the order of the predictions."""
+    grouped = groupby(predictions, key=lambda p: p.exam_id)
+    return [
+        Exam(tuple(frames[exam_id]), tuple(group))
+        for exam_id, group in grouped
+        if exam_id in frames
+    ]
+
+
+def build_report(title: str, sections: Iterable[tuple[str, str]], notice: str = NOTICE) -> str:
+    """Return a whole HTML page that needs nothing beside itself.
+
+    Args:
+        title: plain text.
+        sections: (heading in plain text, body in HTML) from the functions below.
+        notice: plain text shown before everything else.
+    """
+    body = "\n".join(
+        f"<section>\n<h2>{escape(heading)}</h2>\n{content}\n</section>"
+        for heading, content in sections
+    )
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width">\n<title>{escape(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
+        f'<p class="notice">{escape(notice)}</p>\n{body}\n</body>\n</html>\n'
+    )
+
+
+def show_results(
+    summary: Summary,
+    exams: Iterable[Exam],
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+) -> list[tuple[str, str]]:
+    """Return the sections of an evaluation: scores, tables, training curves and exams.
+
+    Args:
+        summary: what `tables.summarise` returned.
+        exams: those shown as pictures.
+        curves: metric -> (step, value) of the training run; empty where it is not known.
+    """
+    sections = [
+        ("Answers", show_table(summary.tables["answers"]) + f"<p>{_ROWS}</p>"),
+        ("Frame selection", show_table(summary.tables["selection"]) + f"<p>{_SELECTION}</p>"),
+        ("Answers by task", show_table(summary.tables["tasks"])),
+        ("Answers by site", show_table(summary.tables["sites"])),
+    ]
+    if curves:
+        sections.append(("Training", show_figure(draw_curves(curves), "training curves")))
+    shown = "\n".join(show_exam(exam) for exam in exams)
+    return [*sections, ("Exams", f"<p>{_STRIPS}</p>\n{shown}")]
+
+
+def show_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as an HTML table; their columns are those of the first."""
+    if not rows:
+        return "<p>Nothing to show.</p>"
+    head = "".join(f"<th>{escape(str(name))}</th>" for name in rows[0])
+    lines = ["<tr>" + "".join(_cell(row.get(name)) for name in rows[0]) + "</tr>" for row in rows]
+    return f"<table>\n<tr>{head}</tr>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "<td></td>"
+    if isinstance(value, float):
+        return f'<td class="number">{value:.3f}</td>'
+    css = ' class="number"' if isinstance(value, int) else ""
+    return f"<td{css}>{escape(str(value))}</td>"
+
+
+def show_exam(exam: Exam) -> str:
+    """Return an exam's frames, the chosen one outlined, and its questions with their answers."""
+    first = exam.predictions[0]
+    strip = "\n".join(_show_frame(index, frame, first) for index, frame in enumerate(exam.frames))
+    rows = []
+    for p in exam.predictions:
+        truth = "(unknown)" if p.truth is None else p.truth
+        rows.append({"question": p.question, "answer": p.answer, "truth": truth})
+    return (
+        f"<h3>{escape(first.exam_id)} · {escape(first.site)}</h3>\n"
+        f'<div class="strip">\n{strip}\n</div>\n{show_table(rows)}'
+    )
+
+
+def _show_frame(index: int, frame: bytes, prediction: Prediction) -> str:
+    classes, words = [], [f"frame {index}", f"score {prediction.scores[index]:.2f}"]
+    if index == prediction.chosen:
+        classes.append("chosen")
+        words.append("chosen")
+    if prediction.valid is not None and prediction.valid[index]:
+        classes.append("valid")
+        words.append("valid")
+    caption = " · ".join(words)
+    return (
+        f'<figure class="{" ".join(classes)}"><img alt="{caption}" src="{_data_uri(frame)}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def show_figure(figure: Figure, alt: str) -> str:
+    """Return a matplotlib figure as an HTML picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return f'<img class="wide" alt="{escape(alt)}" src="{_data_uri(buffer.getvalue())}">'
+
+
+def _data_uri(picture: bytes) -> str:
+    kind = "jpeg" if picture.startswith(b"\xff\xd8") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

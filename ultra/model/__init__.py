@@ -1,0 +1,1 @@
+"""LLaVA-Ultra in plain torch and transformers."""

@@ -1,0 +1,114 @@
+"""The causal language model, with or without LoRA.
+
+Shapes: B rows, S tokens, D width of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ultra import storage
+from ultra.config import LanguageConfig
+from ultra.types import IGNORED
+
+
+class LanguageBranch(nn.Module):
+    """A transformers causal language model that reads embeddings.
+
+    Args:
+        config: weights, type and LoRA.
+        weights: a local transformers directory to read instead of `config.weights`.
+        adapter: a local PEFT directory whose LoRA weights to load; None starts a fresh LoRA.
+    """
+
+    def __init__(
+        self, config: LanguageConfig, weights: Path | None = None, adapter: Path | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        path = weights or storage.fetch(config.weights)
+        base, self.tokenizer = load_language_model(path, getattr(torch, config.dtype))
+        self.width = int(base.config.get_text_config().hidden_size)
+        base.requires_grad_(False)
+        self.model: Any = base if config.lora is None else _add_lora(base, config, adapter)
+
+    @property
+    def base(self) -> Any:
+        """The model below LoRA."""
+        return self.model if self.config.lora is None else self.model.get_base_model()
+
+    @property
+    def embedding(self) -> Any:
+        """The input embedding."""
+        return self.base.get_input_embeddings()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, first to last.
+
+        Raises:
+            ValueError: for a model that keeps them elsewhere than transformers' decoders do.
+        """
+        layers = getattr(getattr(self.base, "model", None), "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise ValueError(f"{type(self.base).__name__} has no model.layers to read")
+        return layers
+
+    def lora_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the names and the parameters of LoRA."""
+        return ((n, p) for n, p in self.named_parameters() if ".lora_" in n)
+
+    def forward(self, embeds_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+        """Return logits_BSV."""
+        logits: Tensor = self.model(
+            inputs_embeds=embeds_BSD, attention_mask=mask_BS.long(), use_cache=False
+        ).logits
+        return logits
+
+
+def load_language_model(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return model and tokenizer of a transformers directory or a `.gguf` file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    extra = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    folder = path.parent if extra else path
+    tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+    return model, tokenizer
+
+
+def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Return losses_BS in nats: entry s is the loss of token s given those before it.
+
+    Zero where the label is IGNORED, and for the first token of a row.
+    """
+    predicted = logits_BSV[:, :-1].float().transpose(1, 2)
+    losses = functional.cross_entropy(
+        predicted, labels_BS[:, 1:], ignore_index=IGNORED, reduction="none"
+    )
+    return functional.pad(losses, (1, 0))
+
+
+def _add_lora(base: Any, config: LanguageConfig, adapter: Path | None) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    assert config.lora is not None
+    if adapter is not None:
+        return PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    targets = config.lora.targets
+    return get_peft_model(
+        base,
+        LoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+        ),
+    )

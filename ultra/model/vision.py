@@ -1,0 +1,67 @@
+"""Projectors and fusion (Eq. 2): features of the encoders become visual tokens.
+
+Shapes: ... any leading axes, T visual tokens of a frame, F channels of an encoder, D width of the
+language model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ultra.config import FusionConfig, VisionConfig
+
+
+class Fusion(nn.Module):
+    """H_v = alpha * P1(LN(F1)) + (1 - alpha) * P2(LN(F2)); with one encoder, P1(LN(F1)).
+
+    Args:
+        vision: names and widths of the encoders, in the order of the equation.
+        config: kind of projector and start of alpha.
+        width: D.
+        embedding_std: standard deviation of the language model's token embeddings, which the
+            visual tokens start with.
+    """
+
+    def __init__(
+        self, vision: VisionConfig, config: FusionConfig, width: int, embedding_std: float = 0.02
+    ) -> None:
+        super().__init__()
+        self.projectors = nn.ModuleDict(
+            {
+                encoder.name: _build_projector(
+                    config.projector, encoder.width, width, embedding_std
+                )
+                for encoder in vision.encoders
+            }
+        )
+        self.alpha: nn.Parameter | None = None
+        if len(vision.encoders) == 2:
+            # Of shape (1,): DeepSpeed cannot partition a scalar.
+            self.alpha = nn.Parameter(torch.tensor([config.alpha]))
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Return (..., T, D) visual tokens of encoder name -> (..., T, F) features."""
+        projected: list[Tensor] = []
+        for name, projector in self.projectors.items():
+            raw = features[name].to(next(projector.parameters()).dtype)
+            projected.append(projector(functional.layer_norm(raw, raw.shape[-1:])))
+        if self.alpha is None:
+            return projected[0]
+        first, second = projected
+        fused: Tensor = self.alpha * first + (1 - self.alpha) * second
+        return fused
+
+
+def _build_projector(kind: str, fan_in: int, width: int, embedding_std: float) -> nn.Module:
+    last = nn.Linear(fan_in if kind == "linear" else width, width)
+    # A layer-normed input has variance 1, so this gives outputs of the embeddings' size.
+    nn.init.normal_(last.weight, std=embedding_std / math.sqrt(last.in_features))
+    nn.init.zeros_(last.bias)
+    if kind == "linear":
+        return last
+    return nn.Sequential(nn.Linear(fan_in, width), nn.GELU(), last)

@@ -1,0 +1,204 @@
+"""Runs in MLflow: parameters, metrics, tables and pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+from ultra.config import PipelineConfig, TrackingConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+
+
+MAX_METRICS = 1000
+"""MLflow's limit of a request."""
+
+
+class Tracker(Protocol):
+    """Where a job writes what happened."""
+
+    @property
+    def run_id(self) -> str:
+        """Id of the run; empty where nothing is tracked."""
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Record numbers at a step."""
+
+    def series(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Record the numbers of several steps."""
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record rows as `name`.json, shown as a table."""
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Record a picture as `name`.png."""
+
+    def text(self, name: str, content: str) -> None:
+        """Record a text file, name with its ending."""
+
+
+class NullTracker:
+    """A tracker that keeps nothing."""
+
+    run_id = ""
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Drop the numbers."""
+
+    def series(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Drop the numbers."""
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Drop the rows."""
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Drop the picture."""
+
+    def text(self, name: str, content: str) -> None:
+        """Drop the text."""
+
+
+class MlflowTracker:
+    """One MLflow run, written through the client so that no global state is touched."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        self._client = client
+        self.run_id = run_id
+
+    def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Record numbers at a step."""
+        self.series([(step or 0, values)])
+
+    def series(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Record the numbers of several steps, in as few requests as MLflow takes."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entries = [
+            Metric(key, float(value), now, step)
+            for step, values in rows
+            for key, value in values.items()
+        ]
+        for start in range(0, len(entries), MAX_METRICS):
+            batch = entries[start : start + MAX_METRICS]
+            self._client.log_batch(self.run_id, metrics=batch, synchronous=True)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record rows as `name`.json, shown as a table in the UI."""
+        columns = {key: [row.get(key) for row in rows] for key in (rows[0] if rows else {})}
+        self._client.log_table(self.run_id, columns, f"{name}.json")
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Record a picture as `name`.png."""
+        self._client.log_figure(self.run_id, figure, f"{name}.png")
+
+    def text(self, name: str, content: str) -> None:
+        """Record a text file, name with its ending."""
+        self._client.log_text(self.run_id, content, name)
+
+
+@contextmanager
+def open_run(config: PipelineConfig, job: str, run_id: str = "") -> Iterator[Tracker]:
+    """Yield the tracker of a new run of a job, or of the run `run_id` that goes on.
+
+    The run ends as FINISHED, or as FAILED when the block raises.
+    """
+    if not config.tracking.uri:
+        yield NullTracker()
+        return
+    client = _client(config.tracking)
+    if run_id:
+        client.update_run(run_id, status="RUNNING")
+    else:
+        experiment_id = _experiment_id(client, config.tracking)
+        name = f"{job}-{config.name}"
+        run_id = client.create_run(experiment_id, run_name=name, tags={"job": job}).info.run_id
+        _log_params(client, run_id, config)
+        client.log_text(run_id, config.to_yaml(), "config.yaml")
+    try:
+        yield MlflowTracker(client, run_id)
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+def resume_tracker(config: TrackingConfig, run_id: str) -> Tracker:
+    """Return a tracker that writes into a run another process opened."""
+    return MlflowTracker(_client(config), run_id) if run_id else NullTracker()
+
+
+def read_history(config: PipelineConfig, job: str) -> dict[str, list[tuple[int, float]]]:
+    """Return metric -> (step, value) of a job's latest run under this root; empty without one."""
+    if not config.tracking.uri:
+        return {}
+    client = _client(config.tracking)
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    if experiment is None:
+        return {}
+    runs = client.search_runs(
+        [experiment.experiment_id],
+        filter_string=f"tags.job = '{job}' and params.root = '{config.root}'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    return {
+        name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, name)]
+        for run in runs
+        for name in sorted(run.data.metrics)
+    }
+
+
+def _client(config: TrackingConfig) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    if urlsplit(config.uri).scheme == "sqlite":
+        Path(config.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=config.uri)
+
+
+def _experiment_id(client: MlflowClient, config: TrackingConfig) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(config.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    location = config.artifacts_uri
+    if not location and config.uri.startswith("sqlite:///"):
+        database = Path(config.uri.removeprefix("sqlite:///")).absolute()
+        location = str(database.parent / "mlartifacts")
+    try:
+        return str(client.create_experiment(config.experiment, artifact_location=location or None))
+    except MlflowException:  # another job created it in the meantime
+        found = client.get_experiment_by_name(config.experiment)
+        if found is None:
+            raise
+        return str(found.experiment_id)
+
+
+def _log_params(client: MlflowClient, run_id: str, config: PipelineConfig) -> None:
+    from mlflow.entities import Param
+
+    flat = dict(_flatten(config.model_dump(mode="json", exclude={"data": {"patient_key_secret"}})))
+    params = [Param(key, str(value)) for key, value in flat.items()]
+    for start in range(0, len(params), 100):  # MLflow's limit for one request
+        client.log_batch(run_id, params=params[start : start + 100])
+
+
+def _flatten(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _flatten(value, f"{path}.{key}" if path else key)
+    elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
+        for index, value in enumerate(node):
+            yield from _flatten(value, f"{path}.{index}")
+    else:
+        yield path, node

@@ -1,0 +1,58 @@
+"""Batches as the model's inputs, from cached features or from pixels.
+
+Shapes: B samples, K frames of a group (padded), N frames of a batch, T visual tokens, F channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultra.model.encoders import FrozenEncoders
+from ultra.types import Batch
+
+ARRAYS = (
+    "frame_mask_BK",
+    "input_ids_BS",
+    "labels_BS",
+    "text_mask_BS",
+    "findings_ids_BS",
+    "findings_mask_BS",
+)
+
+
+def to_inputs(
+    batch: Batch, encoders: FrozenEncoders | None, device: torch.device
+) -> dict[str, Any]:
+    """Return the keyword arguments of `LlavaUltra.forward` for a batch.
+
+    Args:
+        batch: with features, or with frames to encode.
+        encoders: encode the frames; None where the batch has features.
+        device: where the tensors go.
+    """
+    inputs: dict[str, Any] = {
+        name: torch.from_numpy(getattr(batch, name)).to(device) for name in ARRAYS
+    }
+    if batch.features is not None:
+        features = {name: torch.from_numpy(a).to(device) for name, a in batch.features.items()}
+    else:
+        assert encoders is not None, "a batch of pixels needs the encoders"
+        features = encode_batch(batch, encoders, inputs["frame_mask_BK"])
+    return {"features": features, **inputs}
+
+
+def encode_batch(
+    batch: Batch, encoders: FrozenEncoders, frame_mask_BK: Tensor
+) -> dict[str, Tensor]:
+    """Return encoder name -> (B, K, T, F) of a batch's frames, zero where there is none."""
+    frames = [frame for group in batch.frames or () for frame in group]
+    padded = {}
+    for name, encoded_NTF in encoders.encode(frames).items():
+        shape = (*frame_mask_BK.shape, *encoded_NTF.shape[1:])
+        features_BKTF = encoded_NTF.new_zeros(shape)
+        features_BKTF[frame_mask_BK.to(encoded_NTF.device)] = encoded_NTF
+        padded[name] = features_BKTF.to(frame_mask_BK.device)
+    return padded

@@ -1,0 +1,126 @@
+"""A stage on one worker: from a configuration and a checkpoint to an engine, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ultra.config import PipelineConfig, StageConfig
+from ultra.model import checkpoint
+from ultra.model.checkpoint import Checkpoint, Progress
+from ultra.model.language import LanguageBranch
+from ultra.model.llava_ultra import LlavaUltra
+from ultra.model.teacher import AttentionTeacher
+from ultra.model.trainable import count_parts
+from ultra.train.loop import Schedule, Teaching
+from ultra.train.schedule import count_steps, learning_rate
+from ultra.train.zero import ZeroEngine
+
+
+@dataclass(slots=True)
+class StageRun:
+    """A stage ready to take steps."""
+
+    config: PipelineConfig
+    stage: StageConfig
+    model: LlavaUltra
+    engine: ZeroEngine
+    teaching: Teaching
+    schedule: Schedule
+
+
+def begin_stage(
+    config: PipelineConfig, progress: Progress, start: Checkpoint | None, num_exams: int
+) -> StageRun:
+    """Return the stage that `progress` stands in, with the weights of `start`.
+
+    Args:
+        config: the whole tree.
+        progress: where to begin; its optimizer state is restored when it is within a stage.
+        start: the checkpoint to go on from; None begins with fresh projectors.
+        num_exams: exams of an epoch.
+    """
+    train, stage = config.train, config.train.stages[progress.stage]
+    torch.manual_seed(train.seed)
+    model = _build_model(config, start)
+    teaching = _build_teaching(config, model, start)
+    engine = ZeroEngine(model, train, stage)
+    if teaching.teacher is not None:
+        teaching.teacher.to(engine.device)
+        teaching.snapshot = partial(
+            teaching.teacher.copy_from, model.fusion, model.language, engine.gather
+        )
+    if start is not None and progress.step:
+        engine.restore(start.moments(), progress.step)
+    num_steps = count_steps(stage, num_exams, train.batch_size)
+    model.train()
+    return StageRun(
+        config,
+        stage,
+        model,
+        engine,
+        teaching,
+        Schedule(
+            first=progress.step,
+            num_steps=num_steps,
+            accumulation=train.gradient_accumulation,
+            learning_rate=partial(learning_rate, num_steps=num_steps, stage=stage),
+            offset=progress.total_step - progress.step,
+            seed=train.seed,
+        ),
+    )
+
+
+def write_stage(run: StageRun, folder: Path, progress: Progress, rank: int) -> None:
+    """Write the checkpoint of a stage as it stands; every worker must call it, one writes."""
+    weights, moments = run.engine.weights(), run.engine.moments()
+    if rank == 0:
+        teacher = run.teaching.teacher if run.teaching.taken else None
+        checkpoint.write(
+            folder,
+            run.config,
+            weights,
+            run.model.language,
+            checkpoint.describe_base(run.config.model),
+            teacher=None if teacher is None else teacher.state_dict(),
+            moments=moments,
+            progress=progress,
+        )
+
+
+def describe_parts(run: StageRun) -> str:
+    """Return the table of what a stage trains: parameters, whether they train, learning rate."""
+    lines = [f"stage {run.stage.name}", f"  {'part':<12}{'parameters':>14}  learning rate"]
+    for count in count_parts(run.model):
+        if count.trainable != (count.part in run.stage.trainable):
+            raise AssertionError(f"{count.part} trains: {count.trainable}, against the preset")
+        scale = run.config.train.scorer_learning_rate_scale if count.part == "scorer" else 1.0
+        rate = f"{run.stage.learning_rate * scale:g}" if count.trainable else "frozen"
+        lines.append(f"  {count.part:<12}{count.parameters:>14,}  {rate}")
+    return "\n".join(lines)
+
+
+def _build_model(config: PipelineConfig, start: Checkpoint | None) -> LlavaUltra:
+    if start is None:
+        return LlavaUltra(config.model, LanguageBranch(config.model.language))
+    return checkpoint.load_model(start.uri)
+
+
+def _build_teaching(
+    config: PipelineConfig, model: LlavaUltra, start: Checkpoint | None
+) -> Teaching:
+    selection = config.model.selection
+    kind = selection.teacher if selection.strategy == "adaptive" else "none"
+    if selection.redundancy_weight == 0:
+        kind = "none"
+    teaching = Teaching(kind, selection.teacher_warmup_steps)
+    if kind == "attention":
+        teaching.teacher = AttentionTeacher(config.model, model.language)
+        state = start.teacher() if start is not None else None
+        if state is not None:
+            teaching.teacher.load_state_dict(state)
+            teaching.taken = True
+    return teaching
