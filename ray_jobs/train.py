@@ -1,6 +1,6 @@
 """Tune the model in two stages, align and instruct.
 
-ray job submit --working-dir . -- python -m ray_jobs.train --config llava-ultra-13b \
+ray job submit --working-dir . -- python -m ray_jobs.train --config llava-ultra-13b
         --set root=s3://bucket/ultra
 """
 

@@ -305,8 +305,12 @@ class PipelineConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     def to_yaml(self) -> str:
-        """Return the tree as YAML that `load` reads back to an equal tree."""
-        return yaml.safe_dump(self.model_dump(mode="json"), allow_unicode=True, sort_keys=False)
+        """Return the tree as YAML that `load` reads back to an equal tree.
+
+        Without `data.patient_key_secret`, which would undo every pseudonym: it is written nowhere.
+        """
+        tree = self.model_dump(mode="json", exclude={"data": {"patient_key_secret"}})
+        return yaml.safe_dump(tree, allow_unicode=True, sort_keys=False)
 
 
 def preset_names() -> list[str]:
@@ -322,7 +326,7 @@ def load(name_or_path: str, overrides: Iterable[str] = ()) -> PipelineConfig:
 
     Args:
         name_or_path: a preset's name, or the path of a YAML file.
-        overrides: `a.b=value` items, applied in order; values are YAML.
+        overrides: `a.b=value` items, applied in order; values are YAML, nothing is an empty text.
 
     Raises:
         ConfigError: for an unknown preset, key or value, naming its path and what is allowed.
@@ -344,21 +348,19 @@ def parse(raw: Any) -> PipelineConfig:
 
 
 def _read(name_or_path: str) -> dict[str, Any]:
-    path = Path(name_or_path)
+    path: Any = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"}:
         if not path.is_file():
             raise ConfigError(f"no configuration file {name_or_path}")
-        text = path.read_text(encoding="utf-8")
     elif name_or_path in preset_names():
-        preset = resources.files("ultra") / "presets" / f"{name_or_path}.yaml"
-        text = preset.read_text(encoding="utf-8")
+        path = resources.files("ultra") / "presets" / f"{name_or_path}.yaml"
     else:
         known = ", ".join(preset_names())
         raise ConfigError(f"unknown preset {name_or_path!r}; known: {known}; or give a .yaml file")
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name_or_path} is not YAML: {error}") from None
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or no date
+        raise ConfigError(f"{name_or_path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{name_or_path} must hold a mapping, got {type(raw).__name__}")
     return raw
@@ -378,8 +380,8 @@ def _override(raw: dict[str, Any], item: str) -> None:
         else:
             raise ConfigError(f"{path}: no key {key!r} to go through")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+        parsed = yaml.safe_load(value) if value else ""
+    except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
         raise ConfigError(f"{path}: {value!r} is not YAML") from None
     if isinstance(node, dict):
         node[last] = parsed

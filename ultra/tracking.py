@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from ultra.config import PipelineConfig, TrackingConfig
+from ultra.config import ConfigError, PipelineConfig, TrackingConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,6 +110,9 @@ def open_run(config: PipelineConfig, job: str, run_id: str = "") -> Iterator[Tra
     """Yield the tracker of a new run of a job, or of the run `run_id` that goes on.
 
     The run ends as FINISHED, or as FAILED when the block raises.
+
+    Raises:
+        ConfigError: for a database file in an object store.
     """
     if not config.tracking.uri:
         yield NullTracker()
@@ -161,7 +164,13 @@ def _client(config: TrackingConfig) -> MlflowClient:
     from mlflow import MlflowClient
 
     if urlsplit(config.uri).scheme == "sqlite":
-        Path(config.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        database = config.uri.removeprefix("sqlite:///")
+        if "://" in database:
+            raise ConfigError(
+                f"tracking.uri: a database file cannot stand at {database}; give the address of an "
+                "MLflow server, a local sqlite:///path, or '' for no tracking"
+            )
+        Path(database).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=config.uri)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -134,9 +132,9 @@ def test_what_is_missing_is_named(random_config, random_checkpoint, write_exams,
         predict(configure(random_config, f"{tmp_path}/nowhere", str(tmp_path)))
 
 
-def test_training_answers_and_frames(
-    write_exams: Callable[[str], None], exams: Exams, tmp_path: Path
-) -> None:
-    write_exams(str(tmp_path))
-    assert count_training_answers(str(tmp_path)) == {("kind", "是什么？", "囊肿"): 1}
-    assert read_frames(str(tmp_path), {"b", "d"}) == {"b": exams[1].frames, "d": exams[3].frames}
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_training_answers_and_frames(write_exams, exams, s3_bucket, tmp_path, kind) -> None:
+    uri = str(tmp_path) if kind == "local" else f"{s3_bucket}/training_answers"
+    write_exams(uri)
+    assert count_training_answers(uri) == {("kind", "是什么？", "囊肿"): 1}
+    assert read_frames(uri, {"b", "d"}) == {"b": exams[1].frames, "d": exams[3].frames}

@@ -11,7 +11,14 @@ from PIL import Image
 
 from ultra.evaluate.baselines import count_answers
 from ultra.evaluate.predictions import Prediction
-from ultra.evaluate.report import build_report, pick_exams, show_exam, show_results, show_table
+from ultra.evaluate.report import (
+    build_report,
+    pick_exams,
+    show_exam,
+    show_results,
+    show_table,
+    spread_exams,
+)
 from ultra.evaluate.tables import summarise
 
 
@@ -111,3 +118,10 @@ def test_tables() -> None:
         "0.500",
     ]
     assert show_table([]) == "<p>Nothing to show.</p>"
+
+
+def test_shown_exams_are_spread_over_all() -> None:
+    predictions = [predict(name, "?", None) for name in "hgfedcba"]
+    assert spread_exams(predictions, 4) == {"a", "c", "e", "g"}
+    assert spread_exams(predictions, 20) == set("abcdefgh")
+    assert spread_exams([], 4) == set()

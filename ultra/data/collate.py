@@ -94,7 +94,9 @@ class Collator:
     def _encode_findings(self, group: FrameGroup) -> list[int]:
         bos = self.tokenizer.bos_token_id
         text = self.tokenizer.encode(group.findings or group.diagnosis, add_special_tokens=False)
-        return ([] if bos is None else [bos]) + text[: self.max_length]
+        # The likelihood teacher reads it after the first token and one frame.
+        room = self.max_length - 1 - self.num_visual_tokens(1)
+        return ([] if bos is None else [bos]) + text[:room]
 
     def _stack(
         self, samples: Sequence[Sample], frame_mask_BK: NDArray[np.bool_]

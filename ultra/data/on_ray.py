@@ -149,5 +149,5 @@ def _map(items: Sequence[T], function: Callable[[T], R]) -> list[R]:
 def _num_cpus() -> int:
     if not ray.is_initialized():
         ray.init()
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources: dict[str, float] = ray.cluster_resources()
     return max(1, int(resources.get("CPU", 1)))

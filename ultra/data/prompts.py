@@ -33,6 +33,8 @@ class Template:
     user: str
     answer_end: str
     default_system: str = ""
+    user_after_system: str = ""
+    """How the first user turn is written after a system text, where that differs."""
 
 
 TEMPLATES = {
@@ -45,7 +47,10 @@ TEMPLATES = {
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
     ),
     "llama2": Template(
-        system="<<SYS>>\n{}\n<</SYS>>\n\n", user="[INST] {} [/INST] ", answer_end=" "
+        system="[INST] <<SYS>>\n{}\n<</SYS>>\n\n",
+        user="[INST] {} [/INST] ",
+        answer_end=" ",
+        user_after_system="{} [/INST] ",
     ),
     "chatml": Template(
         system="<|im_start|>system\n{}<|im_end|>\n",
@@ -93,23 +98,34 @@ def encode_prompt(
 def _pieces(
     tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], num_visual_tokens: int
 ) -> Iterator[tuple[list[int], bool]]:
+    bos = tokenizer.bos_token_id
+    pieces = _turn_pieces(tokenizer, template, turns, num_visual_tokens)
+    for index, (piece, is_answer) in enumerate(pieces):
+        # Some models' first token is the one that chatml opens with: once is enough.
+        if index == 0 and bos is not None and piece[:1] != [bos]:
+            yield [bos], False
+        yield piece, is_answer
+
+
+def _turn_pieces(
+    tokenizer: Tokenizer, template: Template, turns: Sequence[Turn], num_visual_tokens: int
+) -> Iterator[tuple[list[int], bool]]:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False) if text else []
 
-    if tokenizer.bos_token_id is not None:
-        yield [tokenizer.bos_token_id], False
-    turns = list(turns)
+    turns, user = list(turns), template.user
     system = template.default_system
     if turns and turns[0].role == "system":
         system = turns.pop(0).content
     if system:
         yield encode(template.system.format(system)), False
-    before, after = template.user.split("{}")
+        user = template.user_after_system or user
     for index, turn in enumerate(turns):
         expected = "user" if index % 2 == 0 else "assistant"
         if turn.role != expected:
             raise ValueError(f"turn {index} must be the {expected}'s, not the {turn.role}'s")
         if turn.role == "user":
+            before, after = (user if index == 0 else template.user).split("{}")
             yield encode(before), False
             if index == 0:
                 yield [VISUAL] * num_visual_tokens, False

@@ -118,10 +118,13 @@ def read_window(window: Window, seen: Collection[tuple[int, str]]) -> Iterator[d
         columns = schema.TEXT_COLUMNS if piece.features_uri else None
         rows = parquet.read_row_group(piece.part_uri, piece.row_group, columns)
         for index, row in enumerate(rows, piece.first_row):
-            if row["split"] == "train" and (window.epoch, row["exam_id"]) not in seen:
+            if row["split"] == "train":
                 found.append((piece, index, {**row, "epoch": window.epoch}))
     random.Random(window.seed).shuffle(found)
     for piece, index, row in found:
+        # Left out after the shuffle: a run that goes on keeps the order it had.
+        if (window.epoch, row["exam_id"]) in seen:
+            continue
         if piece.features_uri:
             wanted = [(index, row["content_sha256"])]
             (row["features"],) = read_features(piece.features_uri, wanted)

@@ -23,7 +23,7 @@ from ultra.evaluate.predictions import (
     read_predictions,
 )
 from ultra.evaluate.predictor import Predictor
-from ultra.evaluate.report import build_report, pick_exams, show_results
+from ultra.evaluate.report import build_report, pick_exams, show_results, spread_exams
 from ultra.evaluate.tables import Summary, draw_curves, draw_strip, summarise
 from ultra.model import checkpoint
 from ultra.tracking import Tracker, open_run, read_history
@@ -121,9 +121,7 @@ def _keep(summary: Summary, uri: str) -> None:
 def _show(
     config: PipelineConfig, tracker: Tracker, predictions: Sequence[Prediction], summary: Summary
 ) -> None:
-    exam_ids = sorted({p.exam_id for p in predictions})
-    step = max(1, len(exam_ids) // NUM_SHOWN)
-    shown = set(exam_ids[::step][:NUM_SHOWN])
+    shown = spread_exams(predictions, NUM_SHOWN)
     exams = pick_exams(predictions, read_frames(config.data.exams_uri, shown))
     for exam in exams:
         p = exam.predictions[0]

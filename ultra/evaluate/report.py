@@ -57,6 +57,12 @@ class Exam:
     predictions: tuple[Prediction, ...]
 
 
+def spread_exams(predictions: Iterable[Prediction], count: int) -> set[str]:
+    """Return the ids of at most `count` exams, evenly spread over all in their order."""
+    exam_ids = sorted({p.exam_id for p in predictions})
+    return {exam_ids[i * len(exam_ids) // count] for i in range(count)} if exam_ids else set()
+
+
 def pick_exams(
     predictions: Iterable[Prediction], frames: Mapping[str, Sequence[bytes]]
 ) -> list[Exam]:

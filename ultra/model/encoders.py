@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ultra import storage
-from ultra.config import EncoderConfig, VisionConfig
+from ultra.config import ConfigError, EncoderConfig, VisionConfig
+from ultra.model.pretrained import first_line, load_pretrained
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SAM_MEAN, SAM_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -66,7 +67,7 @@ class ClipEncoder(VisionEncoder):
         from transformers import CLIPVisionModel
 
         folder = storage.fetch(config.weights)
-        self.model: Any = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+        self.model: Any = load_pretrained(CLIPVisionModel, folder, torch.float32)
         self.digest = digest_weights(folder)
         settings: Any = self.model.config
         self.image_size = settings.image_size
@@ -75,7 +76,7 @@ class ClipEncoder(VisionEncoder):
         depth = len(transformer.encoder.layers)
         kept = config.layer if config.layer >= 0 else depth + 1 + config.layer
         if not 0 < kept <= depth:
-            raise ValueError(f"encoder clip: layer {config.layer} of a model with {depth} layers")
+            raise ConfigError(f"encoder clip: layer {config.layer} of a model with {depth} layers")
         # What lies above the layer that is read is never computed.
         transformer.encoder.layers = transformer.encoder.layers[:kept]
         _check_width(config, settings.hidden_size)
@@ -92,13 +93,16 @@ class SamEncoder(VisionEncoder):
     def __init__(self, config: EncoderConfig, grid: int) -> None:
         super().__init__(SAM_MEAN, SAM_STD)
         path = storage.fetch(config.weights)
-        self.model: Any = build_sam_encoder(_read_sam_weights(path))
+        try:
+            self.model: Any = build_sam_encoder(_read_sam_weights(path))
+        except ValueError as error:
+            raise ConfigError(f"encoder sam: {config.weights}: {error}") from None
         self.digest = digest_weights(path)
         self.image_size = self.model.img_size
         self.pool = config.pool
         own_grid = self.model.pos_embed.shape[1]
         if own_grid % grid:
-            raise ValueError(f"encoder sam: its grid of {own_grid} is no multiple of {grid}")
+            raise ConfigError(f"encoder sam: its grid of {own_grid} is no multiple of {grid}")
         self.factor = own_grid // grid
         channels = self.model.neck[0].out_channels
         width = channels * self.factor**2 if config.pool == "unshuffle" else channels
@@ -193,7 +197,7 @@ def build_sam_encoder(state: Mapping[str, Tensor]) -> Any:
         mlp_width = state["blocks.0.mlp.lin1.weight"].shape[0]
         out_chans = state["neck.0.weight"].shape[0]
     except KeyError as error:
-        raise ValueError(f"these are not the weights of a SAM image encoder: no {error}") from None
+        raise ValueError(f"not the weights of a SAM image encoder: no {error}") from None
     width, channels, patch_size = patch.shape[0], patch.shape[1], patch.shape[2]
     encoder = ImageEncoderViT(
         img_size=grid * patch_size,
@@ -206,10 +210,14 @@ def build_sam_encoder(state: Mapping[str, Tensor]) -> Any:
         out_chans=out_chans,
         norm_layer=lambda size: nn.LayerNorm(size, eps=1e-6),
         use_rel_pos=True,
-        window_size=min(spans) if min(spans) < grid else 0,
+        window_size=next((span for span in spans if span != grid), 0),
         global_attn_indexes=tuple(i for i, span in enumerate(spans) if span == grid),
     )
-    encoder.load_state_dict(dict(state))
+    try:
+        encoder.load_state_dict(dict(state))
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(f"not the weights of a SAM image encoder: {detail}") from None
     return encoder
 
 
@@ -229,11 +237,16 @@ def digest_weights(path: Path) -> str:
 
 
 def _read_sam_weights(path: Path) -> dict[str, Tensor]:
-    state: dict[str, Any]
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    state: Any
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken pickle raises whatever it leads to
+        raise ValueError(f"no weights to read: {first_line(error)}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"no weights by name, but a {type(state).__name__}")
     prefix = "image_encoder."
     inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     return inner or state
@@ -241,13 +254,13 @@ def _read_sam_weights(path: Path) -> dict[str, Tensor]:
 
 def _check_grid(config: EncoderConfig, grid: int, own_grid: int) -> None:
     if own_grid != grid:
-        raise ValueError(
+        raise ConfigError(
             f"encoder {config.name}: its weights give a grid of {own_grid}, vision.grid is {grid}"
         )
 
 
 def _check_width(config: EncoderConfig, width: int) -> None:
     if width != config.width:
-        raise ValueError(
+        raise ConfigError(
             f"encoder {config.name}: its weights give {width} channels, width is {config.width}"
         )

@@ -14,7 +14,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal, Self
@@ -112,6 +112,11 @@ class Generator:
         if manager is None or not manager.is_running():
             return False
         return manager.background_thread_status.can_accept_new_requests() is None
+
+    @property
+    def num_running(self) -> int:
+        """Requests begun and neither finished nor cancelled."""
+        return len(self._running)
 
     def __enter__(self) -> Self:
         self.start()
@@ -220,7 +225,7 @@ class Generator:
                     self._let_go(request_id, finished=False)
         return [Completion(ids, self.finish_reason(ids)) for ids in answers]
 
-    async def stream(self, request: Request) -> AsyncIterator[list[int]]:
+    async def stream(self, request: Request) -> AsyncGenerator[list[int], None]:
         """Yield the answer's new token ids as they come; closing the iterator cancels the rest.
 
         Raises:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ultra import storage
-from ultra.config import LanguageConfig
+from ultra.config import ConfigError, LanguageConfig
+from ultra.model.pretrained import first_line, load_pretrained, split_gguf
 from ultra.types import IGNORED
 
 
@@ -73,13 +74,19 @@ class LanguageBranch(nn.Module):
 
 
 def load_language_model(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Return model and tokenizer of a transformers directory or a `.gguf` file."""
+    """Return model and tokenizer of a transformers directory or a `.gguf` file.
+
+    Raises:
+        ConfigError: when there is no such model or no tokenizer.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    extra = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    folder = path.parent if extra else path
-    tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **extra)
+    model = load_pretrained(AutoModelForCausalLM, path, dtype)
+    folder, extra = split_gguf(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: no tokenizer to read: {first_line(error)}") from error
     return model, tokenizer
 
 
@@ -93,6 +100,15 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
         predicted, labels_BS[:, 1:], ignore_index=IGNORED, reduction="none"
     )
     return functional.pad(losses, (1, 0))
+
+
+def conversation_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Return losses_B in nats a token: the mean over the answers of each conversation.
+
+    Every conversation counts alike, so a long report does not drown the short answers.
+    """
+    count_B = (labels_BS[:, 1:] != IGNORED).sum(-1)
+    return token_losses(logits_BSV, labels_BS).sum(-1) / count_B
 
 
 def _add_lora(base: Any, config: LanguageConfig, adapter: Path | None) -> Any:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ultra.config import ModelConfig
 from ultra.model.encoders import FrozenEncoders
-from ultra.model.language import LanguageBranch, token_losses
+from ultra.model.language import LanguageBranch, conversation_losses
 from ultra.model.selection import FrameScorer, choice_entropy, gate_frames, redundancy_loss
 from ultra.model.splice import splice
 from ultra.model.teacher import score_likelihood
 from ultra.model.vision import Fusion
-from ultra.types import IGNORED, VisualTokens
+from ultra.types import VisualTokens
 
 
 class LlavaUltra(nn.Module):
@@ -65,7 +65,7 @@ class LlavaUltra(nn.Module):
         rows, visual_VD = self._arrange(visual_BKTD, scores_BK, frame_mask_BK)
         ids, labels, mask = input_ids_BS[rows], labels_BS[rows], text_mask_BS[rows]
         logits = self.language(splice(self.language.embedding, ids, visual_VD), mask)
-        language = token_losses(logits, labels).sum() / (labels[:, 1:] != IGNORED).sum()
+        language = conversation_losses(logits, labels).mean()
         redundancy = language.new_zeros(())
         if teach:
             if teacher_BK is None:

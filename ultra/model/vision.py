@@ -15,6 +15,9 @@ from torch.nn import functional
 
 from ultra.config import FusionConfig, VisionConfig
 
+GELU_POWER = 0.425
+"""Mean square of GELU(z) for a standard normal z."""
+
 
 class Fusion(nn.Module):
     """H_v = alpha * P1(LN(F1)) + (1 - alpha) * P2(LN(F2)); with one encoder, P1(LN(F1)).
@@ -58,10 +61,16 @@ class Fusion(nn.Module):
 
 
 def _build_projector(kind: str, fan_in: int, width: int, embedding_std: float) -> nn.Module:
-    last = nn.Linear(fan_in if kind == "linear" else width, width)
-    # A layer-normed input has variance 1, so this gives outputs of the embeddings' size.
-    nn.init.normal_(last.weight, std=embedding_std / math.sqrt(last.in_features))
-    nn.init.zeros_(last.bias)
+    # A layer-normed input has variance 1, so these give outputs of the embeddings' size.
     if kind == "linear":
-        return last
-    return nn.Sequential(nn.Linear(fan_in, width), nn.GELU(), last)
+        return _linear(fan_in, width, embedding_std / math.sqrt(fan_in))
+    hidden = _linear(fan_in, width, 1 / math.sqrt(fan_in))
+    last = _linear(width, width, embedding_std / math.sqrt(width * GELU_POWER))
+    return nn.Sequential(hidden, nn.GELU(), last)
+
+
+def _linear(fan_in: int, fan_out: int, std: float) -> nn.Linear:
+    layer = nn.Linear(fan_in, fan_out)
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,192 @@
+"""Samples of unequal size become one padded batch, value by value."""
+
+from __future__ import annotations
+
+from string import ascii_lowercase
+
+import numpy as np
+import pytest
+
+from ultra.data.collate import Collator, Sample, pad, pick_conversation
+from ultra.types import IGNORED, VISUAL, Conversation, FrameGroup, Turn
+
+T, CLIP, SAM = 4, 5, 6
+
+
+class Letters:
+    """a is 11, b is 12 and so on."""
+
+    bos_token_id: int | None = 1
+    eos_token_id = 2
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [10 + ord(c) - ord("`") if c in ascii_lowercase else 9 for c in text]
+
+    def decode(self, token_ids, *, skip_special_tokens: bool = False) -> str:
+        return "".join(chr(i - 10 + ord("`")) for i in token_ids)
+
+
+def make_group(exam_id: str, num_frames: int, findings: str = "ab", **changes) -> FrameGroup:
+    values = {
+        "exam_id": exam_id,
+        "patient_key": "p",
+        "site": "liver",
+        "findings": findings,
+        "diagnosis": "z",
+        "frames": tuple(f"{exam_id} {i}".encode() for i in range(num_frames)),
+        "frame_sizes": ((8, 6),) * num_frames,
+        "frame_sources": ("cine",) * num_frames,
+    }
+    return FrameGroup(**{**values, **changes})
+
+
+def make_sample(
+    exam_id: str, num_frames: int, answer: str, findings: str = "ab", features: bool = True
+) -> Sample:
+    group = make_group(exam_id, num_frames, findings)
+    turns = (Turn("user", "q"), Turn("assistant", answer))
+    first = float(ord(exam_id))
+    arrays = {
+        name: np.arange(num_frames * T * width, dtype=np.float16).reshape(num_frames, T, width)
+        + np.float16(first)
+        for name, width in (("clip", CLIP), ("sam", SAM))
+    }
+    conversation = Conversation("align", "findings", turns)
+    return Sample(group, conversation, arrays if features else None, epoch=ord(exam_id) - ord("a"))
+
+
+def make_collator(max_length: int = 99, num_visual=lambda num_frames: T) -> Collator:
+    return Collator(Letters(), "plain", num_visual, max_length)
+
+
+def test_a_batch_by_hand() -> None:
+    samples = [make_sample("a", 2, "c"), make_sample("b", 3, "def", findings="abcd")]
+    batch = make_collator()(samples)
+    assert batch.exam_ids == ("a", "b")
+    assert batch.epochs == (0, 1)
+    opening = [1, 9, 9, *[VISUAL] * T, 27, 9, 9, 9]  # ^ 问 ： #### q \n 答 ：
+    silent = [IGNORED] * len(opening)
+    assert batch.input_ids_BS.tolist() == [
+        [*opening, 13, 2, 0, 0],
+        [*opening, 14, 15, 16, 2],
+    ]
+    assert batch.labels_BS.tolist() == [
+        [*silent, 13, 2, IGNORED, IGNORED],
+        [*silent, 14, 15, 16, 2],
+    ]
+    length = len(opening)
+    assert batch.text_mask_BS.tolist() == [
+        [True] * (length + 2) + [False] * 2,
+        [True] * (length + 4),
+    ]
+    assert batch.findings_ids_BS.tolist() == [[1, 11, 12, 0, 0], [1, 11, 12, 13, 14]]
+    assert batch.findings_mask_BS.tolist() == [[True] * 3 + [False] * 2, [True] * 5]
+    assert batch.frame_mask_BK.tolist() == [[True, True, False], [True, True, True]]
+
+
+def test_features_are_stacked_and_padded_with_zeros() -> None:
+    samples = [make_sample("a", 2, "c"), make_sample("b", 3, "d")]
+    batch = make_collator()(samples)
+    assert batch.frames is None
+    assert {n: f.shape for n, f in batch.features.items()} == {
+        "clip": (2, 3, T, CLIP),
+        "sam": (2, 3, T, SAM),
+    }
+    for name, stacked in batch.features.items():
+        assert stacked.dtype == np.float16
+        assert np.array_equal(stacked[0, :2], samples[0].features[name])
+        assert np.array_equal(stacked[1], samples[1].features[name])
+        assert (stacked[0, 2] == 0).all()
+
+
+def test_without_features_the_frames_travel() -> None:
+    samples = [make_sample("a", 2, "c", features=False), make_sample("b", 1, "d", features=False)]
+    batch = make_collator()(samples)
+    assert batch.features is None
+    assert batch.frames == ((b"a 0", b"a 1"), (b"b 0",))
+    assert batch.frame_mask_BK.tolist() == [[True, True], [True, False]]
+
+
+def test_frames_are_counted_where_only_their_features_are_there() -> None:
+    group = make_group("a", 3, frames=())
+    sample = make_sample("a", 3, "c")
+    batch = make_collator()([Sample(group, sample.conversation, sample.features)])
+    assert batch.frame_mask_BK.tolist() == [[True] * 3]
+
+
+def test_visual_places_follow_the_number_of_frames() -> None:
+    collator = make_collator(num_visual=lambda num_frames: num_frames * T)
+    batch = collator([make_sample("a", 2, "c"), make_sample("b", 3, "d")])
+    assert (batch.input_ids_BS == VISUAL).sum(-1).tolist() == [2 * T, 3 * T]
+
+
+def test_a_long_answer_loses_its_end() -> None:
+    batch = make_collator(max_length=13)([make_sample("a", 1, "cdefgh")])
+    assert batch.input_ids_BS.shape == (1, 13)
+    assert batch.labels_BS[0].tolist() == [IGNORED] * 11 + [13, 14]
+
+
+@pytest.mark.parametrize("max_length", [3, 11])
+def test_a_row_without_an_answer_left_names_its_exam(max_length) -> None:
+    message = f"exam b: no answer within the first {max_length} tokens"
+    with pytest.raises(ValueError, match=message):
+        make_collator(max_length)([make_sample("b", 1, "c")])
+
+
+def test_an_impossible_conversation_names_its_exam() -> None:
+    group = make_group("b", 1)
+    conversation = Conversation("align", "findings", (Turn("assistant", "c"),))
+    with pytest.raises(ValueError, match="exam b: turn 0 must be the user's"):
+        make_collator()([Sample(group, conversation, None)])
+
+
+def test_without_findings_the_teacher_reads_the_diagnosis() -> None:
+    group = make_group("a", 1, findings="", diagnosis="yz")
+    sample = Sample(group, make_sample("a", 1, "c").conversation, None)
+    assert make_collator()([sample]).findings_ids_BS.tolist() == [[1, 35, 36]]
+
+
+def test_findings_leave_room_for_a_frame() -> None:
+    batch = make_collator(max_length=13)([make_sample("a", 1, "c", findings="ab" * 20)])
+    assert batch.findings_ids_BS.tolist() == [[1, *[11, 12] * 4]]
+
+
+def test_padding_goes_to_the_right() -> None:
+    padded, mask = pad([[5], [6, 7, 8], [9, 9]], -3)
+    assert padded.tolist() == [[5, -3, -3], [6, 7, 8], [9, 9, -3]]
+    assert mask.tolist() == [[True, False, False], [True] * 3, [True, True, False]]
+
+
+def conversations(*names: str) -> tuple[Conversation, ...]:
+    return tuple(
+        Conversation(stage, task, (Turn("user", "q"), Turn("assistant", task)))
+        for stage, task in (name.split("/") for name in names)
+    )
+
+
+def test_epochs_go_round_the_conversations_of_the_stage() -> None:
+    told = conversations("align/a", "instruct/b", "instruct/c", "align/d", "instruct/e")
+    group = make_group("x", 1, conversations=told)
+    tasks = [pick_conversation(group, "instruct", 0, epoch).task for epoch in range(6)]
+    assert sorted(tasks[:3]) == ["b", "c", "e"]
+    assert tasks[3:] == tasks[:3]
+    assert {pick_conversation(group, "align", 0, e).task for e in range(2)} == {"a", "d"}
+
+
+def test_exams_and_seeds_begin_at_different_conversations() -> None:
+    told = conversations("align/a", "align/b", "align/c")
+    groups = [make_group(f"exam {i}", 1, conversations=told) for i in range(60)]
+    for seed in (0, 1):
+        firsts = [pick_conversation(group, "align", seed, 0).task for group in groups]
+        assert all(8 < firsts.count(task) < 35 for task in "abc")
+    by_seed = [
+        [pick_conversation(group, "align", seed, 0).task for group in groups] for seed in (0, 1)
+    ]
+    assert by_seed[0] != by_seed[1]
+
+
+def test_an_exam_without_conversations_says_what_to_run() -> None:
+    group = make_group("x", 1, conversations=conversations("align/a"))
+    message = "exam x: no conversation for stage 'instruct'; run ray_jobs.instructions"
+    with pytest.raises(ValueError, match=message):
+        pick_conversation(group, "instruct", 0, 0)

@@ -1,0 +1,137 @@
+"""Every training exam comes exactly once an epoch, in an order that the seed alone decides."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from exam_tables import T, encode, make_exam, write_exams
+
+from ultra import storage
+from ultra.config import ConfigError, DataConfig
+from ultra.data import parquet, stream
+from ultra.data.features import features_uri, write_features
+
+SPLITS = {3: "test", 8: "validation", 20: "test"}
+EXAMS = [make_exam(i, SPLITS.get(i, "train")) for i in range(29)]
+TRAIN = {f"exam-{i}" for i in range(29) if i not in SPLITS}
+
+
+@pytest.fixture
+def config(tmp_path) -> DataConfig:
+    """Two parts with six and four row groups of three exams."""
+    write_exams(tmp_path / "exams", [EXAMS[:17], EXAMS[17:]])
+    return DataConfig(exams_uri=str(tmp_path / "exams"))
+
+
+def write_cache(config: DataConfig, folder: str, parts: int = 2) -> str:
+    for part in parquet.part_uris(config.exams_uri)[:parts]:
+        write_features(part, features_uri(part, folder), encode)
+    return folder
+
+
+def read(source, seed: int = 0, first: int = 0, epochs: int = 1, seen=()) -> list[dict]:
+    windows = stream.plan_windows(source.pieces, seed, first, epochs)
+    return [row for window in windows for row in stream.read_window(window, seen)]
+
+
+def test_every_training_exam_once_an_epoch(config, tmp_path) -> None:
+    source = stream.open_source(config, str(tmp_path / "none"), "auto")
+    assert source.num_exams == len(TRAIN) == 26
+    assert [p.first_row for p in source.pieces] == [0, 3, 6, 9, 12, 15, 0, 3, 6, 9]
+    rows = read(source, epochs=3)
+    for epoch in range(3):
+        ids = [row["exam_id"] for row in rows if row["epoch"] == epoch]
+        assert len(ids) == 26
+        assert set(ids) == TRAIN
+    assert [row["epoch"] for row in rows] == sorted(row["epoch"] for row in rows)
+
+
+def test_the_order_follows_from_the_seed_alone(config, tmp_path) -> None:
+    source = stream.open_source(config, str(tmp_path / "none"), "auto")
+
+    def order(seed: int, first: int = 0) -> list[str]:
+        return [row["exam_id"] for row in read(source, seed, first)]
+
+    assert order(0) == order(0)
+    assert len({tuple(order(*arguments)) for arguments in ((0,), (1,), (0, 1), (1, 1))}) == 4
+    assert order(0) != sorted(order(0))
+    # Going on in the middle gives what a run from the start would have given.
+    both = [row["exam_id"] for row in read(source, epochs=2)]
+    assert both[26:] == order(0, 1)
+
+
+def test_row_groups_from_all_over_are_mixed(config, tmp_path) -> None:
+    source = stream.open_source(config, str(tmp_path / "none"), "auto")
+    windows = list(stream.plan_windows(source.pieces, 0, 0, 1))
+    assert [len(window.pieces) for window in windows] == [4, 4, 2]
+    planned = [piece for window in windows for piece in window.pieces]
+    assert len(planned) == 10
+    assert set(planned) == set(source.pieces)
+    numbers = [
+        int(row["exam_id"].split("-")[1]) for row in list(stream.read_window(windows[0], ()))
+    ]
+    groups = {n // 3 if n < 17 else 6 + (n - 17) // 3 for n in numbers}
+    assert len(groups) == 4
+    assert sum(a // 3 == b // 3 for a, b in pairwise(numbers)) < 8
+
+
+def test_exams_seen_before_are_left_out_of_their_epoch_only(config, tmp_path) -> None:
+    source = stream.open_source(config, str(tmp_path / "none"), "auto")
+    whole = [(row["epoch"], row["exam_id"]) for row in read(source, epochs=2)]
+    seen = set(whole[:11]) | {(1, "exam-5")}
+    rest = [(row["epoch"], row["exam_id"]) for row in read(source, epochs=2, seen=seen)]
+    assert rest == [pair for pair in whole if pair not in seen]
+    assert len(rest) == 52 - 12
+
+
+def test_with_a_whole_cache_rows_carry_features_and_no_frames(config, tmp_path) -> None:
+    cache = write_cache(config, str(tmp_path / "cache"))
+    source = stream.open_source(config, cache, "auto")
+    assert source.features
+    by_id = {exam.exam_id: exam for exam in EXAMS}
+    rows = read(source)
+    assert {row["exam_id"] for row in rows} == TRAIN
+    for row in rows:
+        assert "frames" not in row
+        sample = stream.to_sample(row, "instruct", 0, T, "float16")
+        exam = by_id[row["exam_id"]]
+        expected = encode(list(exam.frames))
+        assert sample.features.keys() == expected.keys()
+        for name, array in expected.items():
+            assert np.array_equal(sample.features[name], array)
+        assert sample.group.frames == ()
+        assert sample.group.frame_sizes == exam.frame_sizes
+        assert sample.conversation.stage == "instruct"
+    # The order is that of pixels.
+    pixels = stream.open_source(config, cache, "pixels")
+    assert [row["exam_id"] for row in read(pixels)] == [row["exam_id"] for row in rows]
+
+
+@pytest.mark.parametrize(("parts", "use"), [(0, "auto"), (1, "auto"), (2, "pixels")])
+def test_else_rows_carry_frames_and_no_features(config, tmp_path, parts, use) -> None:
+    cache = write_cache(config, str(tmp_path / "cache"), parts)
+    source = stream.open_source(config, cache, use)
+    assert not source.features
+    by_id = {exam.exam_id: exam for exam in EXAMS}
+    for row in read(source):
+        sample = stream.to_sample(row, "align", 0, T, "float16")
+        assert sample.features is None
+        assert sample.group == by_id[row["exam_id"]]
+        assert sample.epoch == 0
+
+
+def test_required_features_that_are_missing_say_what_to_run(config, tmp_path) -> None:
+    cache = write_cache(config, str(tmp_path / "cache"), parts=1)
+    message = r"1 of 2 parts have no features at .*cache; run ray_jobs\.encode"
+    with pytest.raises(ConfigError, match=message):
+        stream.open_source(config, cache, "require")
+    write_cache(config, cache)
+    assert stream.open_source(config, cache, "require").features
+
+
+def test_no_table_says_so(tmp_path) -> None:
+    config = DataConfig(exams_uri=str(tmp_path / "nowhere"))
+    with pytest.raises(storage.StorageError, match="no complete table here"):
+        stream.open_source(config, str(tmp_path / "none"), "auto")

@@ -1,0 +1,231 @@
+"""The endpoint on Ray Serve, asked by OpenAI's own client over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+import yaml
+
+from tests.conftest import ROOT, free_port
+from tests.serve.questions import FRAMES, ask_user
+from ultra.data.prompts import encode_prompt
+from ultra.model import checkpoint
+from ultra.model.generation import Generator, Request
+from ultra.types import Turn
+
+KEY = "a-key-of-the-test"
+
+
+@pytest.fixture(scope="module")
+def address(ray_cluster, random_checkpoint, tmp_path_factory) -> Iterator[str]:
+    from ray import serve
+
+    from ultra.serve import on_ray
+
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"# two keys\nanother\n{KEY}\n")
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    args = {
+        "checkpoint": random_checkpoint,
+        "model_name": "ultra-random",
+        "max_frames": 4,
+        "max_image_mib": 1,
+        "max_new_tokens": 200,
+        "api_keys_file": str(keys),
+    }
+    with pytest.MonkeyPatch.context() as patch:  # a queue that a test can fill
+        patch.setattr(
+            on_ray, "EncoderReplica", on_ray.EncoderReplica.options(max_queued_requests=8)
+        )
+        serve.run(on_ray.build_app(args), name="ultra")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def client(address) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def expected(random_checkpoint) -> dict:
+    """What the model answers without any endpoint."""
+    visual = checkpoint.load_visual(random_checkpoint).look([FRAMES])[0]
+    language = checkpoint.load_language(random_checkpoint)
+    turns = [Turn("user", "左叶见囊肿？")]
+    prompt = encode_prompt(language.tokenizer, "plain", turns, len(visual.tokens_TD))
+    with Generator(language, tokens_per_frame=4) as generator:
+        (answer,) = generator.generate([Request(prompt, visual.tokens_TD, "x", 40)])
+    text = language.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+    return {"visual": visual, "prompt": prompt, "answer": answer, "text": text}
+
+
+def ask(client, **changes):
+    question = {
+        "model": "ultra-random",
+        "messages": [ask_user("左叶见囊肿？", *FRAMES)],
+        "max_tokens": 40,
+        **changes,
+    }
+    return client.chat.completions.create(**question)
+
+
+def test_a_frame_group_as_predicted(client, expected) -> None:
+    completion = ask(client)
+    assert completion.choices[0].message.content == expected["text"]
+    assert completion.choices[0].finish_reason == expected["answer"].finish_reason
+    assert completion.usage.prompt_tokens == len(expected["prompt"])
+    assert completion.usage.completion_tokens == len(expected["answer"].token_ids)
+    ultra = completion.ultra
+    assert ultra["chosen_frame"] == expected["visual"].chosen
+    assert ultra["scores"] == pytest.approx(expected["visual"].scores_K, abs=1e-4)
+
+
+def test_streamed_it_is_the_same(client, expected) -> None:
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    texts = [c.choices[0].delta.content or "" for c in chunks if c.choices]
+    assert "".join(texts) == expected["text"]
+    assert len([t for t in texts if t]) > 5  # as it comes, not all at once
+    assert chunks[0].ultra["chosen_frame"] == expected["visual"].chosen
+    assert chunks[-2].choices[0].finish_reason == expected["answer"].finish_reason
+    assert chunks[-1].usage.completion_tokens == len(expected["answer"].token_ids)
+
+
+def ask_at_once(address: str, count: int) -> list:
+    async def ask_all() -> list:
+        async with openai.AsyncOpenAI(
+            base_url=f"{address}/v1", api_key=KEY, max_retries=0
+        ) as several:
+            return await asyncio.gather(
+                *(ask(several) for _ in range(count)), return_exceptions=True
+            )
+
+    return asyncio.run(ask_all())
+
+
+def test_many_at_once(address, expected) -> None:
+    for completion in ask_at_once(address, 8):
+        assert completion.choices[0].message.content == expected["text"]
+
+
+def test_too_many_at_once_are_sent_away(address, expected) -> None:
+    outcomes = ask_at_once(address, 40)
+    refused = [o for o in outcomes if isinstance(o, openai.RateLimitError)]
+    answered = [o for o in outcomes if not isinstance(o, Exception)]
+    assert refused
+    assert len(answered) >= 8
+    assert len(refused) + len(answered) == 40
+    assert refused[0].response.headers["retry-after"] == "5"
+    assert refused[0].body["type"] == "rate_limit_error"
+    assert {c.choices[0].message.content for c in answered} == {expected["text"]}
+
+
+def test_a_follow_up_question(client, expected) -> None:
+    messages = [
+        {"role": "system", "content": "肝"},
+        ask_user("左叶见囊肿？", *FRAMES),
+        {"role": "assistant", "content": "见"},
+        {"role": "user", "content": "大小？"},
+    ]
+    assert ask(client, messages=messages).usage.prompt_tokens > len(expected["prompt"])
+
+
+def test_a_stop_string_ends_the_answer(client, expected) -> None:
+    stop = expected["text"][5:7]
+    completion = ask(client, stop=stop)
+    assert completion.choices[0].message.content == expected["text"].split(stop)[0]
+    assert completion.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"model": "gpt-4"}, openai.NotFoundError, "'gpt-4' does not exist"),
+        ({"max_tokens": 500}, openai.BadRequestError, "500 new tokens asked for, 200 is the most"),
+        ({"temperature": 0.7}, openai.BadRequestError, "answers are greedy"),
+        ({"messages": [ask_user("hi")]}, openai.BadRequestError, "0 images"),
+        (
+            {"messages": [ask_user("左" * 380, FRAMES[0])]},
+            openai.BadRequestError,
+            "40 new ones, but at most 400 fit together",
+        ),
+        (
+            {"messages": [ask_user("hi", b"GIF89a")]},
+            openai.BadRequestError,
+            "image 1: neither a JPEG",
+        ),
+    ],
+)
+def test_bad_requests_are_told_why(client, changes, error, message) -> None:
+    with pytest.raises(error, match=message) as raised:
+        ask(client, **changes)
+    assert raised.value.body.keys() == {"message", "type", "param", "code"}
+
+
+def test_keys_models_health_and_metrics(address, client) -> None:
+    with pytest.raises(openai.AuthenticationError, match="needs a valid API key"):
+        ask(openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0))
+    assert [m.id for m in client.models.list()] == ["ultra-random"]
+    assert client.models.retrieve("ultra-random").id == "ultra-random"
+    with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {KEY}"}) as http:
+        assert httpx.get(f"{address}/health/live").json() == {"status": "ok"}
+        assert httpx.get(f"{address}/health/ready").status_code == 401
+        assert http.get("/health/ready").json() == {"status": "ok"}
+        assert 'ultra_requests_total{process="' in http.get("/metrics").text
+        assert [http.get(p).status_code for p in ("/docs", "/redoc", "/openapi.json")] == [404] * 3
+        assert http.get("/nothing").json()["error"]["message"] == "Not Found"
+
+
+def count_answered(address: str) -> float:
+    text = httpx.get(f"{address}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    lines = [x for x in text.splitlines() if x.startswith("ultra_requests_total")]
+    return sum(float(x.rsplit(" ", 1)[1]) for x in lines if 'status="200"' in x)
+
+
+def test_clients_that_leave_cancel_their_answers(address, client) -> None:
+    from ray import serve
+
+    language = serve.get_deployment_handle("LanguageReplica", "ultra")
+    assert language.num_running.remote().result() == 0
+    before = count_answered(address)
+    streams = [ask(client, stream=True, max_tokens=200) for _ in range(16)]
+    for stream in streams:
+        next(stream)
+        stream.close()
+    deadline = time.monotonic() + 30
+    while language.num_running.remote().result() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert language.num_running.remote().result() == 0
+    assert count_answered(address) - before < len(streams)
+
+
+def test_the_ingress_needs_no_torch() -> None:
+    code = "import sys, ultra.serve.on_ray; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert done.stdout.split() == [b"False"]
+
+
+def test_serve_config() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from ultra.serve.on_ray import ServeArgs
+
+    raw = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    schema = ServeDeploySchema.model_validate(raw)
+    assert schema.http_options.host == "127.0.0.1"
+    (application,) = schema.applications
+    ServeArgs.model_validate(application.args)
+    names = {d.name for d in application.deployments}
+    assert names == {"Ingress", "EncoderReplica", "LanguageReplica"}
+    for deployment in application.deployments:
+        assert deployment.autoscaling_config["max_replicas"] >= 1
+        assert 0 < deployment.max_queued_requests < math.inf

@@ -1,0 +1,161 @@
+"""The two halves without Ray: each loads its own weights only, and text comes out whole."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.serve.questions import FRAMES
+from ultra.model.encoders import VisionEncoder
+from ultra.model.language import LanguageBranch
+from ultra.serve.api import Delta, Opening, Refusal
+from ultra.serve.replicas import Encoder, Language, TextStream
+from ultra.types import Turn
+
+
+def without(checkpoint: str, backbones: Path, names: list[str], folder: Path) -> str:
+    """A copy of a checkpoint whose base weights of these names are nowhere."""
+    shutil.copytree(checkpoint, folder)
+    config = folder / "config.yaml"
+    text = config.read_text()
+    for name in names:
+        text = text.replace(str(backbones / name), f"/missing/{name}")
+    config.write_text(text)
+    return str(folder)
+
+
+def count_modules(kind: type) -> int:
+    gc.collect()
+    return sum(isinstance(o, kind) for o in gc.get_objects())
+
+
+def test_the_encoder_side_has_no_language_model(
+    random_checkpoint, random_backbones, tmp_path
+) -> None:
+    uri = without(random_checkpoint, random_backbones, ["language"], tmp_path / "copy")
+    before = count_modules(LanguageBranch)
+    encoder = Encoder(uri)
+    (visual,) = encoder.look([FRAMES])
+    assert visual.tokens_TD.shape == (4, 24)
+    assert len(visual.scores_K) == 3
+    assert count_modules(LanguageBranch) == before
+
+
+def test_the_language_side_has_no_vision(random_checkpoint, random_backbones, tmp_path) -> None:
+    (visual,) = Encoder(random_checkpoint).look([FRAMES])
+    names = ["clip", "sam.pth"]
+    uri = without(random_checkpoint, random_backbones, names, tmp_path / "copy")
+    (Path(uri) / "connector.safetensors").unlink()
+    before = count_modules(VisionEncoder)
+    language = Language(uri, max_new_tokens=5)
+    try:
+        assert language.alive
+        assert count_modules(VisionEncoder) == before
+        opening, *deltas = ask(language, visual, "左叶见囊肿？")
+        assert opening == Opening(visual.chosen, visual.scores_K, opening.num_prompt_tokens)
+        assert deltas[-1].num_tokens == 5  # what max_new_tokens allows without being asked
+        assert deltas[-1].finish_reason == "length"
+        (refusal,) = ask(language, visual, "左" * 400)
+        assert isinstance(refusal, Refusal)
+        assert "at most 400 fit together" in refusal.message
+        fitting = ask(language, visual, "左" * 388)
+        assert fitting[0].num_prompt_tokens == 398  # so the answer is as long as there is room
+        assert fitting[-1].num_tokens == 2
+    finally:
+        language.stop()
+    assert not language.alive
+
+
+def ask(language: Language, visual, text: str) -> list:
+    async def collect() -> list:
+        return [event async for event in language.answer(visual, text, [Turn("user", text)])]
+
+    return asyncio.run(collect())
+
+
+def test_answers_are_the_same_with_and_without_stop_strings(random_checkpoint) -> None:
+    (visual,) = Encoder(random_checkpoint).look([FRAMES])
+    language = Language(random_checkpoint, max_new_tokens=30)
+
+    async def collect(stop: list[str]) -> list[Delta]:
+        turns = [Turn("user", "左叶")]
+        events = [e async for e in language.answer(visual, "x", turns, None, stop)]
+        return events[1:]
+
+    try:
+        whole = asyncio.run(collect([]))
+        text = "".join(d.text for d in whole)
+        unmet = asyncio.run(collect(["never met"]))
+        assert "".join(d.text for d in unmet) == text
+        stopped = asyncio.run(collect([text[9:12], "never met"]))
+        assert "".join(d.text for d in stopped) == text[: text.find(text[9:12])]
+        assert stopped[-1].finish_reason == "stop"
+        assert stopped[-1].num_tokens <= 12
+    finally:
+        language.stop()
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose ids are single bytes, so that a character takes several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+TEXT = "肝左叶见囊肿 3.2×1.5 cm。🩺 ok"
+
+
+def test_no_character_is_ever_broken(byte_tokenizer) -> None:
+    ids = byte_tokenizer.encode(TEXT, add_special_tokens=False)
+    assert len(ids) == len(TEXT.encode())
+    stream = TextStream(byte_tokenizer)
+    pieces = [stream.add([i]) for i in ids]
+    assert [p for p in pieces if p] == list(TEXT)
+    assert stream.add([byte_tokenizer.eos_token_id]) == ""
+    assert stream.finish() == ""
+
+
+def test_bytes_that_never_become_a_character_come_at_the_end(byte_tokenizer) -> None:
+    ids = byte_tokenizer.encode("a肝", add_special_tokens=False)[:-1]
+    stream = TextStream(byte_tokenizer)
+    assert [stream.add([i]) for i in ids] == ["a", "", ""]
+    assert stream.finish() == byte_tokenizer.decode(ids)[1:] != ""
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (["囊肿"], "肝左叶见"),
+        (["囊x", "。"], "肝左叶见囊肿 3.2×1.5 cm"),
+        (["肝"], ""),
+        ([" ok"], TEXT[:-3]),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_stop_strings(byte_tokenizer, stop, text, size) -> None:
+    ids = byte_tokenizer.encode(TEXT, add_special_tokens=False)
+    stream = TextStream(byte_tokenizer, stop)
+    out = ""
+    for start in range(0, len(ids), size):
+        out += stream.add(ids[start : start + size])
+        if stream.stopped:
+            break
+    assert stream.stopped
+    assert out == text
+
+
+def test_a_stop_string_that_is_only_begun_is_text(byte_tokenizer) -> None:
+    ids = byte_tokenizer.encode("abc", add_special_tokens=False)
+    stream = TextStream(byte_tokenizer, ["cd"])
+    assert [stream.add([i]) for i in ids] == ["", "a", "b"]
+    assert stream.finish() == "c"
+    assert not stream.stopped

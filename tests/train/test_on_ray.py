@@ -1,0 +1,137 @@
+"""Both stages on a real Ray cluster, from features and from pixels, tracked in MLflow."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from ultra.config import ConfigError, PipelineConfig, load
+from ultra.model import checkpoint
+
+TOLERANCE = 5e-3
+"""Features are float16, and a batch of other frames may round the last bit another way."""
+
+
+def configure(root: Path, *overrides: str) -> PipelineConfig:
+    return load(
+        "tiny",
+        [
+            f"root={root}",
+            "data.simulator.num_patients=10",
+            "train.stages.0.steps=4",
+            "train.stages.1.steps=4",
+            "train.batch_size=8",
+            "train.micro_batch_size=4",
+            "train.num_workers=2",
+            "train.cpus_per_worker=0.5",
+            "train.checkpoint_every=2",
+            "train.log_every=1",
+            "model.selection.teacher_warmup_steps=5",
+            *overrides,
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from functools import partial
+
+    from ultra import storage
+    from ultra.data.on_ray import encode, prepare, write_instructions
+    from ultra.model.encoders import FrozenEncoders, cache_key
+
+    root = tmp_path_factory.mktemp("train")
+    config = configure(root)
+    prepare(config.data)
+    write_instructions(config.data)
+    vision = config.model.vision
+    cache = storage.join(config.data.features_uri, cache_key(vision))
+    first = encode(config.data, config.encode, partial(FrozenEncoders, vision), cache)
+    assert first.parts_cached == 0
+    assert first.frames > 40
+    again = encode(config.data, config.encode, partial(FrozenEncoders, vision), cache)
+    assert (again.frames, again.parts_cached) == (0, first.parts)
+    return root
+
+
+def history(config: PipelineConfig, metric: str) -> list[float]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(config.tracking.uri)
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], "tags.job = 'train'", max_results=1)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.batch_size"] == "8"
+    return [m.value for m in client.get_metric_history(run.info.run_id, metric)]
+
+
+def test_features_and_pixels_give_the_same_run(
+    prepared: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from ultra.train.on_ray import fit
+
+    curves = {}
+    for use in ("require", "pixels"):
+        config = configure(
+            prepared,
+            f"train.features={use}",
+            f"train.output_uri={prepared}/{use}",
+            f"tracking.uri=sqlite:///{prepared}/{use}.db",
+        )
+        final = fit(config)
+        assert final == f"{prepared}/{use}/checkpoint"
+        assert checkpoint.read(final).config == config
+        assert not (Path(final) / "training").exists()
+        curves[use] = {n: history(config, n) for n in ("loss", "redundancy", "alpha", "entropy")}
+        assert len(history(config, "samples_per_second")) == 8
+    assert all(len(curve) == 8 for curve in curves["require"].values())
+    assert curves["require"]["redundancy"][:5] == [0.0] * 5
+    assert all(value > 0 for value in curves["require"]["redundancy"][5:])
+    for name, curve in curves["require"].items():
+        for a, b in zip(curve, curves["pixels"][name], strict=True):
+            assert math.isclose(a, b, abs_tol=TOLERANCE), name
+    steps = sorted(p.name for p in (prepared / "require").iterdir() if p.is_dir())
+    wanted = ["align-000002", "align-000004", "checkpoint", "instruct-000002", "instruct-000004"]
+    assert steps == wanted
+
+
+def test_every_exam_is_used_once_an_epoch(prepared: Path) -> None:
+    from ultra.data import stream
+    from ultra.train.on_ray import cache_uri
+
+    config = configure(prepared)
+    source = stream.open_source(config.data, cache_uri(config), "require")
+    first = checkpoint.read(f"{prepared}/require/align-000002").progress()
+    assert (first.epoch, first.step) == (0, 2)
+    assert len(first.seen) == len(set(first.seen)) == min(16, source.num_exams)
+
+
+def test_an_unfinished_run_of_another_configuration_is_left_alone(prepared: Path) -> None:
+    from ultra.train.on_ray import fit
+
+    folder = prepared / "unfinished"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("name: other\n")
+    config = configure(prepared, f"train.output_uri={folder}", "tracking.uri=''")
+    with pytest.raises(ConfigError, match="holds an unfinished run of another configuration"):
+        fit(config)
+    assert (folder / "config.yaml").read_text() == "name: other\n"
+
+
+def test_features_that_are_required_and_missing_are_an_error(
+    prepared: Path, tmp_path: Path
+) -> None:
+    from ultra.train.on_ray import fit
+
+    config = configure(
+        prepared,
+        "train.features=require",
+        f"data.features_uri={tmp_path}",
+        f"train.output_uri={tmp_path}/train",
+        "tracking.uri=''",
+    )
+    with pytest.raises(ConfigError, match=r"parts have no features at .*; run ray_jobs.encode"):
+        fit(config)

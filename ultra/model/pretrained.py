@@ -1,0 +1,48 @@
+"""Models that transformers saved, loaded whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ultra.config import ConfigError
+
+
+def load_pretrained(kind: Any, path: Path, dtype: torch.dtype) -> Any:
+    """Return the model of a transformers directory or a `.gguf` file.
+
+    Args:
+        kind: the transformers class that reads it.
+        path: local directory or file.
+        dtype: of the parameters.
+
+    Raises:
+        ConfigError: when it cannot be read, or lacks weights, which transformers would make up.
+    """
+    folder, extra = split_gguf(path)
+    try:
+        model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **extra)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{path}: not a model to read: {first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"{path}: no {type(model).__name__}, {len(missing)} of its weights are missing, "
+            f"e.g. {missing[0]}"
+        )
+    return model
+
+
+def split_gguf(path: Path) -> tuple[Path, dict[str, str]]:
+    """Return the folder, and what else transformers wants to be told to read `path`."""
+    if path.suffix == ".gguf":
+        return path.parent, {"gguf_file": path.name}
+    return path, {}
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

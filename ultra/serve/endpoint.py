@@ -1,0 +1,229 @@
+"""The HTTP endpoint, on whatever answers questions: routes, streaming, errors and counters.
+
+No frame, question or answer is written to a log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram
+from prometheus_client import generate_latest as render_metrics
+from starlette.exceptions import HTTPException
+
+from ultra.serve.api import (
+    ApiError,
+    Delta,
+    Event,
+    Limits,
+    Opening,
+    Question,
+    Refusal,
+    Reply,
+    parse_chat,
+)
+from ultra.serve.security import ApiKeys
+
+logger = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """What answers questions."""
+
+    def answer(self, question: Question) -> AsyncGenerator[Event, None]:
+        """Yield an Opening, then Deltas of which the last is finished; or a Refusal alone.
+
+        Closing the iterator cancels what is left.
+
+        Raises:
+            ApiError: when it is too busy.
+        """
+
+    async def ready(self) -> bool:
+        """Return whether questions would be answered now."""
+
+
+class Metrics:
+    """Counters of this process; a scrape of several ingress processes tells them apart."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.process = uuid.uuid4().hex[:8]
+        self._requests = self._counter("requests", "Chat requests by status.", "status")
+        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
+        self._answer_tokens = self._counter("answer_tokens", "Tokens of answers.")
+        self._first = self._histogram("first_text_seconds", "Until the first text.")
+        self._total = self._histogram("request_seconds", "Until the whole answer.")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"ultra_{name}", text, ["process", *labels], registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        buckets = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
+        return Histogram(
+            f"ultra_{name}", text, ["process"], registry=self.registry, buckets=buckets
+        )
+
+    def refused(self, status: int) -> None:
+        """Count a request that got no answer."""
+        self._requests.labels(self.process, str(status)).inc()
+
+    async def watch(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+        """Yield the events of one answer, counting and timing it."""
+        start = time.monotonic()
+        has_text = False
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, Opening):
+                        self._prompt_tokens.labels(self.process).inc(event.num_prompt_tokens)
+                    elif isinstance(event, Delta):
+                        if not has_text:
+                            self._first.labels(self.process).observe(time.monotonic() - start)
+                        has_text = True
+                        if event.finish_reason:
+                            self._answered(event, time.monotonic() - start)
+                    yield event
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                self.refused(500)
+            raise
+
+    def _answered(self, last: Delta, seconds: float) -> None:
+        self._answer_tokens.labels(self.process).inc(last.num_tokens)
+        self._total.labels(self.process).observe(seconds)
+        self._requests.labels(self.process, "200").inc()
+
+
+def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
+    """Return the endpoint; `/health/live` alone answers without a key."""
+
+    def require_key(request: Request) -> None:
+        if not keys.admit(request.headers.get("authorization")):
+            raise ApiError(
+                "this endpoint needs a valid API key", status=401, code="invalid_api_key"
+            )
+
+    metrics = Metrics()
+    app = FastAPI(title="ultra", docs_url=None, redoc_url=None, openapi_url=None)
+    router = APIRouter(dependencies=[Depends(require_key)])
+    model = {"id": limits.model_name, "object": "model", "created": 0, "owned_by": "ultra"}
+
+    @app.get("/health/live")
+    async def live() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @router.get("/health/ready")
+    async def ready() -> Response:
+        is_ready = await backend.ready()
+        status = {True: "ok", False: "unavailable"}[is_ready]
+        return JSONResponse({"status": status}, 200 if is_ready else 503)
+
+    @router.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(render_metrics(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @router.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @router.get("/v1/models/{name}")
+    async def show_model(name: str) -> dict[str, Any]:
+        if name != limits.model_name:
+            raise ApiError("there is no such model", status=404, code="model_not_found")
+        return model
+
+    @router.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        try:
+            return await _chat(request, backend, limits, metrics)
+        except ApiError as error:
+            metrics.refused(error.status)
+            raise
+
+    app.include_router(router)
+    app.add_exception_handler(ApiError, _show_error)
+    app.add_exception_handler(HTTPException, _show_error)
+    app.add_exception_handler(Exception, _show_error)
+    return app
+
+
+async def _chat(request: Request, backend: Backend, limits: Limits, metrics: Metrics) -> Response:
+    body = await _read_body(request, limits.max_body_bytes)
+    # Decoding frames takes long enough to hold up everybody else.
+    question = await asyncio.to_thread(parse_chat, body, limits)
+    events = metrics.watch(backend.answer(question))
+    try:
+        first = await anext(events)
+        if isinstance(first, Refusal):
+            raise ApiError(first.message, param="messages")
+        assert isinstance(first, Opening)
+        reply = Reply(limits.model_name, first)
+        if question.stream:
+            chunks = _stream(reply, events, question.include_usage)
+            return StreamingResponse(chunks, media_type="text/event-stream")
+        deltas = [event async for event in events if isinstance(event, Delta)]
+    except BaseException:
+        await events.aclose()
+        raise
+    return JSONResponse(reply.completion("".join(d.text for d in deltas), deltas[-1]))
+
+
+async def _stream(
+    reply: Reply, events: AsyncGenerator[Event, None], include_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        yield _sse(reply.first_chunk())
+        try:
+            async for event in events:
+                assert isinstance(event, Delta)
+                if event.text:
+                    yield _sse(reply.chunk({"content": event.text}))
+                if event.finish_reason:
+                    yield _sse(reply.chunk({}, event.finish_reason))
+                    if include_usage:
+                        yield _sse(reply.usage_chunk(event))
+        except Exception as error:
+            # The status line is gone, so the stream itself must say that the answer is cut.
+            logger.error("an answer broke off: %s", type(error).__name__)
+            yield _sse(_as_api_error(error).body())
+            return
+        yield b"data: [DONE]\n\n"
+
+
+def _sse(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+
+
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > max_bytes:
+            raise ApiError(f"a request of more than {max_bytes} bytes", status=413)
+    return bytes(body)
+
+
+async def _show_error(request: Request, error: Exception) -> Response:
+    shown = _as_api_error(error)
+    headers = {}
+    if shown.retry_after_s is not None:
+        headers["Retry-After"] = f"{shown.retry_after_s:.0f}"
+    return JSONResponse(shown.body(), shown.status, headers)
+
+
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):  # unknown routes and methods
+        return ApiError(str(error.detail), status=error.status_code)
+    return ApiError("the answer failed inside the server", status=500)

@@ -1,0 +1,149 @@
+"""The two halves of the model behind the endpoint, without Ray.
+
+`Encoder` loads no weight of the language model, `Language` none of the vision side; what passes
+from one to the other is `VisualTokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from ultra.data.prompts import Tokenizer, encode_prompt
+from ultra.model import checkpoint
+from ultra.model.generation import Generator, Request
+from ultra.serve.api import Delta, Event, Opening, Refusal
+from ultra.types import Turn, VisualTokens
+
+
+class Encoder:
+    """Looks at frame groups and hands on the visual tokens of the chosen frame."""
+
+    def __init__(self, checkpoint_uri: str, device: str = "cpu") -> None:
+        self._branch = checkpoint.load_visual(checkpoint_uri, device)
+
+    def look(self, groups: Sequence[Sequence[bytes]]) -> list[VisualTokens]:
+        """Return the visual tokens of each group of encoded frames."""
+        return self._branch.look(groups)
+
+
+class Language:
+    """Answers questions about visual tokens, many at a time."""
+
+    def __init__(self, checkpoint_uri: str, max_new_tokens: int, device: str = "cpu") -> None:
+        config = checkpoint.read(checkpoint_uri).config.model
+        branch = checkpoint.load_language(checkpoint_uri, device)
+        self._template = config.language.template
+        self._tokenizer: Tokenizer = branch.tokenizer
+        self._max_new_tokens = max_new_tokens
+        self._generator = Generator(branch, tokens_per_frame=config.tokens_per_frame)
+        self._generator.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can answer."""
+        return self._generator.alive
+
+    @property
+    def num_running(self) -> int:
+        """Answers under way."""
+        return self._generator.num_running
+
+    def stop(self) -> None:
+        """End the engine; what it still answers fails."""
+        self._generator.stop()
+
+    async def answer(
+        self,
+        visual: VisualTokens,
+        exam_key: str,
+        turns: Sequence[Turn],
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> AsyncGenerator[Event, None]:
+        """Yield an Opening, then Deltas of which the last is finished; or a Refusal alone.
+
+        Closing the iterator early cancels the generation.
+
+        Args:
+            visual: what the encoder saw.
+            exam_key: digest of the frames.
+            turns: the conversation, the last turn the user's.
+            max_new_tokens: None gives as many as are allowed and fit.
+            stop: strings that end the answer; they are no part of it.
+        """
+        try:
+            prompt = encode_prompt(self._tokenizer, self._template, turns, len(visual.tokens_TD))
+            room = self._generator.capacity - len(prompt)
+            limit = max_new_tokens or max(1, min(self._max_new_tokens, room))
+            request = Request(prompt, visual.tokens_TD, exam_key, limit)
+            self._generator.check(request)
+        except ValueError as error:
+            yield Refusal(str(error))
+            return
+        yield Opening(visual.chosen, visual.scores_K, len(prompt))
+        text = TextStream(self._tokenizer, stop)
+        ids: list[int] = []
+        async with aclosing(self._generator.stream(request)) as stream:
+            async for new_ids in stream:
+                ids += new_ids
+                piece = text.add(new_ids)
+                if text.stopped:
+                    yield Delta(piece, len(ids), "stop")
+                    return
+                if piece:
+                    yield Delta(piece, len(ids))
+        rest = text.finish()
+        reason = "stop" if text.stopped else self._generator.finish_reason(ids)
+        yield Delta(rest, len(ids), reason)
+
+
+class TextStream:
+    """Token ids in, text out as soon as it is certain.
+
+    Text is held back while a character's bytes are not complete, and while it may be the
+    beginning of a stop string.
+
+    Attributes:
+        stopped: whether a stop string was met.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._hold = max((len(s) for s in stop), default=1) - 1
+        self._ids: list[int] = []
+        self._before = 0  # ids decoded again, because the text of an id depends on its neighbours
+        self._read = 0  # ids whose text is in _text
+        self._text = ""  # not given out yet
+
+    def add(self, ids: Sequence[int]) -> str:
+        """Return the text that has become certain with these ids."""
+        self._ids += ids
+        text = self._unread()
+        if text.endswith("\ufffd"):  # a character whose bytes have not all come
+            return ""
+        self._before, self._read = self._read, len(self._ids)
+        self._text += text
+        return self._take(len(self._text) - self._hold)
+
+    def finish(self) -> str:
+        """Return the rest of the text; no more ids come."""
+        self._text += self._unread()
+        self._before = self._read = len(self._ids)
+        return self._take(len(self._text))
+
+    def _unread(self) -> str:
+        old = self._tokenizer.decode(self._ids[self._before : self._read], skip_special_tokens=True)
+        new = self._tokenizer.decode(self._ids[self._before :], skip_special_tokens=True)
+        return new[len(old) :]
+
+    def _take(self, count: int) -> str:
+        starts = [i for s in self._stop if (i := self._text.find(s)) >= 0]
+        if starts:
+            self.stopped = True
+            count = min(starts)
+        count = max(count, 0)
+        text, self._text = self._text[:count], self._text[count:]
+        return text
