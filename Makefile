@@ -22,7 +22,7 @@ demo: $(READY) ## simulated exams and one real cine through every job, about fiv
 	$(RUN) -m ray_jobs.demo
 
 serve: $(READY) ## serve the demo's checkpoint and print a curl that works
-	$(RUN) -m ray_jobs.demo --serve
+	$(RUN) -m ray_jobs.demo_server
 
 test: $(READY) ## the tests that take minutes at most
 	$(RUN) -m pytest -m "not slow"

@@ -72,7 +72,7 @@ class Jobs:
         with log.open("wb") as output:
             code = subprocess.run(
                 [
-                    *(_ray(), "job", "submit", "--working-dir", str(PROJECT)),
+                    *(tool("ray"), "job", "submit", "--working-dir", str(PROJECT)),
                     *("--submission-id", f"{name}-{secrets.token_hex(4)}", "--"),
                     *("python", "-m", f"ray_jobs.{module}", "--config", "tiny", *sets),
                 ],
@@ -187,10 +187,11 @@ def ray_head(log: Path) -> Iterator[dict[str, str]]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     with tempfile.TemporaryDirectory(prefix="ultra-ray-", ignore_cleanup_errors=True) as folder:
         command = [
-            *(_ray(), "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--port=0"),
+            *(tool("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--port=0"),
             *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
             *("--dashboard-agent-listen-port=0", f"--ray-client-server-port={client}"),
             *(f"--num-cpus={max(2, os.cpu_count() or 1)}", f"--temp-dir={folder}"),
@@ -243,9 +244,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _ray() -> str:
-    beside = Path(sys.executable).with_name("ray")
-    return str(beside) if beside.exists() else shutil.which("ray") or "ray"
+def tool(name: str) -> str:
+    """Return the program of that name, of this Python's environment where it has one."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name) or name
 
 
 def write_real_exam(folder_uri: str) -> str:

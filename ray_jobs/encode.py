@@ -1,6 +1,6 @@
 """Encode every frame once with the frozen encoders, into the feature cache.
 
-ray job submit --working-dir . -- python -m ray_jobs.encode --config tiny --set root=$PWD/runs/tiny
+ray job submit --working-dir . -- python -m ray_jobs.encode --set root=$PWD/runs/tiny
 """
 
 from functools import partial

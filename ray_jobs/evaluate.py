@@ -1,6 +1,6 @@
 """Answer the questions about a split with a checkpoint, and score the answers.
 
-    ray job submit --working-dir . -- python -m ray_jobs.evaluate --set root=s3://bucket/ultra
+    ray job submit --working-dir . -- python -m ray_jobs.evaluate --set root=$PWD/runs/tiny
 
 Scores, tables and pictures go to MLflow; scores and tables also to `evaluate.results_uri`.
 """

@@ -1,6 +1,6 @@
 """Write instruction conversations from the reports of prepared exams, into the same rows.
 
-ray job submit --working-dir . -- python -m ray_jobs.instructions --config tiny
+ray job submit --working-dir . -- python -m ray_jobs.instructions --set root=$PWD/runs/tiny
 """
 
 from ultra.cli import run_job

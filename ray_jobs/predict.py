@@ -1,6 +1,6 @@
 """Answer the questions about a split with a checkpoint, and keep the answers as Parquet.
 
-    ray job submit --working-dir . -- python -m ray_jobs.predict --set root=s3://bucket/ultra
+    ray job submit --working-dir . -- python -m ray_jobs.predict --set root=$PWD/runs/tiny
 
 An exam without conversations is asked for its report.
 """

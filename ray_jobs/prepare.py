@@ -1,6 +1,6 @@
 """Bring exams in, de-identified, as frame-group Parquet.
 
-ray job submit --working-dir . -- python -m ray_jobs.prepare --config tiny
+ray job submit --working-dir . -- python -m ray_jobs.prepare --set root=$PWD/runs/tiny
 """
 
 from ultra.cli import run_job

@@ -1,7 +1,6 @@
 """Tune the model in two stages, align and instruct.
 
-ray job submit --working-dir . -- python -m ray_jobs.train --config llava-ultra-13b
-        --set root=s3://bucket/ultra
+ray job submit --working-dir . -- python -m ray_jobs.train --set root=$PWD/runs/tiny
 """
 
 from ultra.cli import run_job

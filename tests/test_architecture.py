@@ -179,7 +179,7 @@ print("quiet")
 
 def test_job_files_stay_thin() -> None:
     lengths = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "ray_jobs").glob("*.py")}
-    del lengths["demo.py"]
+    del lengths["demo.py"], lengths["demo_server.py"]  # they drive jobs, they are none
     assert {name: n for name, n in lengths.items() if n > 40} == {}
 
 
@@ -271,7 +271,7 @@ def make_targets() -> set[str]:
 def check_job(module: str, args: list[str]) -> None:
     """Fail unless the module exists and takes the arguments."""
     assert module.removeprefix("ray_jobs.") in JOBS, module
-    if module == "ray_jobs.demo":
+    if module in {"ray_jobs.demo", "ray_jobs.demo_server"}:
         parsed = importlib.import_module(module)._parse(args)
         assert isinstance(parsed, argparse.Namespace)
         return

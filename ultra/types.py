@@ -41,6 +41,11 @@ class Conversation:
     task: str
     turns: tuple[Turn, ...]
 
+    @property
+    def num_characters(self) -> int:
+        """Length of all turns."""
+        return sum(len(turn.content) for turn in self.turns)
+
 
 @dataclass(frozen=True, slots=True)
 class FrameGroup:

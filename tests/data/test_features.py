@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from exam_tables import T, encode, make_exam, write_exams
 
+from tests.data.exam_tables import T, encode, make_exam, write_exams
 from ultra.data import parquet, schema
 from ultra.data.features import features_uri, read_features, unpack, write_features
 from ultra.types import Conversation, Turn

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exam_folders import exam_line, picture, write_folder
 from pydicom.data import get_testdata_file
 
+from tests.data.exam_folders import exam_line, picture, write_folder
 from ultra import storage
 from ultra.config import DataConfig
 from ultra.data.frames import check_image, is_jpeg

@@ -4,8 +4,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from exam_folders import exam_line, picture, write_folder
 
+from tests.data.exam_folders import exam_line, picture, write_folder
 from ultra import storage
 from ultra.config import DataConfig, SimulatorConfig
 from ultra.data import parquet

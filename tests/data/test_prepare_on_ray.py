@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from exam_folders import exam_line, picture, write_folder
-from test_frames import png_header
 
+from tests.data.exam_folders import exam_line, picture, write_folder
+from tests.data.test_frames import png_header
 from ultra import storage
 from ultra.config import DataConfig, SimulatorConfig
 from ultra.data import parquet

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from exam_tables import T, encode, make_exam, write_exams
 
+from tests.data.exam_tables import T, encode, make_exam, write_exams
 from ultra import storage
 from ultra.config import ConfigError, DataConfig
 from ultra.data import parquet, stream

@@ -104,7 +104,13 @@ def test_few_slots_small_batches_and_a_small_cache(language) -> None:
     expected = expect(language, requests)
     # 96 tokens of cache for requests of up to 80: they are thrown out and begun again.
     with Generator(
-        language, tokens_per_frame=T, num_slots=5, max_batch_tokens=16, page_size=4, num_blocks=24
+        language,
+        tokens_per_frame=T,
+        num_slots=5,
+        max_requests=3,
+        max_batch_tokens=16,
+        page_size=4,
+        num_blocks=24,
     ) as generator:
         check_answers(expected, generator.generate(requests))
 

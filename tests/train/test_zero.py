@@ -61,7 +61,8 @@ def worker(settings: dict[str, Any]) -> None:
     config, folder = parse(settings["config"]), Path(settings["folder"])
     start = checkpoint.read(settings["start"]) if settings["start"] else None
     progress = start.progress() if start else Progress(stage=1)
-    run = begin_stage(config, progress, start, num_exams=100)
+    base = checkpoint.describe_base(config.model)
+    run = begin_stage(config, progress, start, 100, base)
     losses: list[tuple[float, float]] = []
 
     def report(step: int, metrics: dict[str, float]) -> None:

@@ -65,6 +65,8 @@ class Generator:
         language: the model, with LoRA or without.
         tokens_per_frame: T.
         num_slots: frames whose visual tokens are held, which bounds the requests in flight.
+        max_requests: requests that share a forward pass. The default is `num_slots` on a GPU and
+            16 on a CPU, where more slow each other down: each also reads the others' cache.
         max_batch_tokens: tokens of one forward pass; longer prompts are cut into such pieces.
         page_size: tokens of a cache page; only whole pages of a prefix are reused.
         num_blocks: pages of the cache. The default holds 16 requests of `max_length` tokens, in
@@ -77,6 +79,7 @@ class Generator:
         *,
         tokens_per_frame: int,
         num_slots: int = 64,
+        max_requests: int | None = None,
         max_batch_tokens: int = 512,
         page_size: int = 16,
         num_blocks: int | None = None,
@@ -86,6 +89,8 @@ class Generator:
         self._language = language
         self._tokens_per_frame = tokens_per_frame
         self._num_slots = num_slots
+        on_cpu = language.base.device.type == "cpu"
+        self._max_requests = max_requests or (min(16, num_slots) if on_cpu else num_slots)
         self._max_batch_tokens = max_batch_tokens
         self._page_size = page_size
         self._num_blocks = num_blocks or _default_num_blocks(language, page_size)
@@ -141,7 +146,7 @@ class Generator:
                 page_size=self._page_size,
                 num_blocks=self._num_blocks,
                 max_batch_tokens=self._max_batch_tokens,
-                max_requests_per_batch=self._num_slots,
+                max_requests_per_batch=self._max_requests,
                 auto_switch_to_flash=False,  # it would fetch code from a hub
             ),
         )

@@ -125,12 +125,13 @@ def run_stage(
         for _ in range(schedule.accumulation):
             inputs = teaching.extend(next(batches), total_step)
             outputs = engine(**inputs)
+            loss = float(outputs["loss"].detach())
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {total_step}")
             engine.backward(outputs["loss"])
             engine.step()
             for name, value in outputs.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) / schedule.accumulation
-        if not math.isfinite(sums["loss"]):
-            raise FloatingPointError(f"the loss is {sums['loss']} at step {total_step}")
         sums["learning_rate"] = rate
         alpha = engine.alpha()
         if alpha is not None:

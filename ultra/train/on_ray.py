@@ -49,6 +49,7 @@ def fit(config: PipelineConfig) -> str:
                 "source": source,
                 "run_id": tracker.run_id,
                 "final": final,
+                "base": checkpoint.describe_base(config.model),
             },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.train.num_workers,
@@ -77,7 +78,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     while progress.stage < len(config.train.stages):
         start = uri or config.train.start_from
         run = begin_stage(
-            config, progress, checkpoint.read(start) if start else None, source.num_exams
+            config,
+            progress,
+            checkpoint.read(start) if start else None,
+            source.num_exams,
+            settings["base"],
         )
         if rank == 0:
             print(describe_parts(run))
@@ -131,20 +136,24 @@ def _inputs(run: StageRun, source: stream.Source, used: UsedExams) -> Iterator[I
         language.max_length,
     )  # fmt: skip
     encoders = None if source.features else FrozenEncoders(model.vision, str(run.engine.device))
+    # All rows of a step at once, so that its forward passes can have rows of like lengths.
     tables = share.iter_batches(
-        batch_size=train.micro_batch_size, batch_format="pyarrow", prefetch_batches=2
+        batch_size=train.micro_batch_size * train.gradient_accumulation,
+        batch_format="pyarrow",
+        prefetch_batches=2,
     )
     for table in tables:
-        batch = collate(
-            [
-                stream.to_sample(
-                    row, run.stage.name, train.seed, model.tokens_per_frame, model.vision.dtype
-                )
-                for row in table.to_pylist()
-            ]
-        )
-        used.add(batch)
-        yield to_inputs(batch, encoders, run.engine.device)
+        samples = [
+            stream.to_sample(
+                row, run.stage.name, train.seed, model.tokens_per_frame, model.vision.dtype
+            )
+            for row in table.to_pylist()
+        ]
+        samples.sort(key=lambda sample: sample.conversation.num_characters)
+        for start in range(0, len(samples), train.micro_batch_size):
+            batch = collate(samples[start : start + train.micro_batch_size])
+            used.add(batch)
+            yield to_inputs(batch, encoders, run.engine.device)
 
 
 def _save(run: StageRun, progress: Progress, name: str, final: str) -> str:

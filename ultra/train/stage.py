@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,15 @@ class StageRun:
     engine: ZeroEngine
     teaching: Teaching
     schedule: Schedule
+    base: Mapping[str, Mapping[str, str]]
 
 
 def begin_stage(
-    config: PipelineConfig, progress: Progress, start: Checkpoint | None, num_exams: int
+    config: PipelineConfig,
+    progress: Progress,
+    start: Checkpoint | None,
+    num_exams: int,
+    base: Mapping[str, Mapping[str, str]],
 ) -> StageRun:
     """Return the stage that `progress` stands in, with the weights of `start`.
 
@@ -42,6 +48,7 @@ def begin_stage(
         progress: where to begin; its optimizer state is restored when it is within a stage.
         start: the checkpoint to go on from; None begins with fresh projectors.
         num_exams: exams of an epoch.
+        base: what `describe_base` says of the configuration's weights.
     """
     train, stage = config.train, config.train.stages[progress.stage]
     torch.manual_seed(train.seed)
@@ -71,6 +78,7 @@ def begin_stage(
             offset=progress.total_step - progress.step,
             seed=train.seed,
         ),
+        base,
     )
 
 
@@ -84,7 +92,7 @@ def write_stage(run: StageRun, folder: Path, progress: Progress, rank: int) -> N
             run.config,
             weights,
             run.model.language,
-            checkpoint.describe_base(run.config.model),
+            run.base,
             teacher=None if teacher is None else teacher.state_dict(),
             moments=moments,
             progress=progress,

@@ -30,7 +30,7 @@ from torch.nn import functional
 from ultra.config import SimulatorConfig
 from ultra.data.instructions import write_conversations
 from ultra.data.prompts import encode_conversation
-from ultra.data.synthetic import SITES, report_characters, simulate, simulated_exams
+from ultra.data.synthetic import SITES, Truth, report_characters, simulate, simulated_exams
 from ultra.model.encoders import (
     CLIP_MEAN,
     CLIP_STD,
@@ -43,8 +43,9 @@ from ultra.types import Conversation, FrameGroup, Turn
 
 SEED = 20_001
 CLIP_SIZE, SAM_SIZE, MASK_SIZE, PATCH = 64, 128, 64, 16
-FINDINGS = ("normal", "none", "cyst", "haemangioma", "nodule", "stone")
-"""What a frame of a caption shows; `none`: the exam has a lesion, this frame misses it."""
+KINDS = ("cyst", "haemangioma", "nodule", "stone")
+NUM_SIZES = 3
+NUM_FINDINGS = 2 + len(KINDS) * NUM_SIZES
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +88,18 @@ def _simulate_one(config: SimulatorConfig, pair: tuple[int, int]) -> tuple[Any, 
     step = SAM_SIZE // MASK_SIZE
     masks = objects.reshape(len(objects), MASK_SIZE, step, MASK_SIZE, step).mean((2, 4)) > 0.5
     valid = exam.group.valid or ()
-    shown = [exam.truth.kind if v else "none" for v in valid]
     place = list(SITES).index(exam.truth.site) * 2 + (exam.truth.side == "right")
-    captions = np.array([place * len(FINDINGS) + FINDINGS.index(s) for s in shown])
+    captions = np.array([place * NUM_FINDINGS + _finding(exam.truth, v) for v in valid])
     pixels = np.stack([np.array(decode(frame).convert("L")) for frame in exam.group.frames])
     return exam.group, pixels, masks.astype(np.uint8), captions
+
+
+def _finding(truth: Truth, valid: bool) -> int:
+    """Return what a frame shows, by number: nothing, health, or a lesion of some kind and size."""
+    if truth.size_mm is None or not valid:
+        return int(valid)
+    size = SITES[truth.site].sizes_mm.index(truth.size_mm)
+    return 2 + KINDS.index(truth.kind) * NUM_SIZES + size
 
 
 def train_clip(frames: Frames, steps: int) -> Any:
@@ -105,7 +113,7 @@ def train_clip(frames: Frames, steps: int) -> Any:
             image_size=CLIP_SIZE, patch_size=PATCH,
         )
     )  # fmt: skip
-    captions = nn.Parameter(torch.randn(len(SITES) * 2 * len(FINDINGS), 96) * 0.1)
+    captions = nn.Parameter(torch.randn(len(SITES) * 2 * NUM_FINDINGS, 96) * 0.1)
     project = nn.Linear(2 * 96, 96)
     labels_N = torch.from_numpy(frames.captions_N)
 

@@ -1,0 +1,177 @@
+"""The whole demo as a newcomer runs it, on a local path and on a real S3 server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ray_jobs import demo
+from tests.conftest import ROOT, free_port, wait_until_up
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+JOBS = ["prepare", "instructions", "encode", "train", "evaluate", "real-prepare", "real-predict"]
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    printed: str
+    summary: dict[str, Any]
+    jobs: dict[str, str]
+
+
+def run_demo(folder: Path, root: str) -> Run:
+    """Run the demo on a head that outlives it, so that the jobs can be listed afterwards."""
+    before = {p.pid for p in psutil.process_iter()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with demo.ray_head(folder / "ray.log") as environment:
+        command = [sys.executable, "-m", "ray_jobs.demo", "--root", root, "--report", str(folder)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1400
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        listed = subprocess.run(
+            [Path(sys.executable).with_name("ray"), "job", "list", "--format", "json"],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    jobs = {
+        job["submission_id"].rpartition("-")[0]: job["status"]
+        for job in json.loads(listed.stdout[listed.stdout.index("[") :])
+        if job["submission_id"]
+    }
+    gone, left = psutil.wait_procs(
+        [p for p in psutil.process_iter() if p.pid not in before], timeout=30
+    )
+    assert [p for p in left if "ray" in " ".join(p.cmdline())] == [], gone
+    summary = json.loads((folder / "summary.json").read_text())
+    return Run(folder, done.stdout, summary, jobs)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("demo") / "local"
+    return run_demo(folder, str(folder))
+
+
+def test_it_learns_to_choose_and_to_answer(local: Run) -> None:
+    s = local.summary
+    assert s["selection_accuracy"] >= s["selection_chance"] + 0.25
+    for blind in ("constant", "question_only"):
+        assert s["em"] >= s[f"{blind}_em"] + 0.10
+        assert s["f1"] >= s[f"{blind}_f1"] + 0.05
+    assert s["seconds"] > 0
+    assert s["real_exam"]["frames_kept"] == 16
+    assert 0 <= s["real_exam"]["chosen_frame"] < 16
+    assert isinstance(s["real_exam"]["answer"], str)
+
+
+def test_its_jobs_succeeded_and_its_table_is_printed(local: Run) -> None:
+    assert local.jobs == dict.fromkeys(JOBS, "SUCCEEDED")
+    for part in ("question_only", "frame selection", "real cine", "not a medical device"):
+        assert part in local.printed.replace("is a medical device", "is not a medical device")
+    page = (local.folder / "report.html").read_text(encoding="utf-8")
+    assert "data:image/" in page
+    assert 'src="http' not in page
+
+
+@pytest.fixture(scope="module")
+def tracking(local: Run) -> Iterator[str]:
+    port = free_port()
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (local.folder / "mlflow.log").open("wb") as log:
+        server = subprocess.Popen(
+            [
+                sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1",
+                "--port", str(port), "--workers", "1", "--backend-store-uri", f"sqlite:///{local.folder}/mlflow.db",
+            ],
+            stdout=log, stderr=log, env=environment, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_until_up(f"http://127.0.0.1:{port}/health", server, timeout_s=120)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        for process in [*psutil.Process(server.pid).children(recursive=True), server]:
+            process.terminate()
+        server.wait(timeout=30)
+
+
+def test_the_mlflow_server_shows_runs_with_parameters_metrics_tables_and_pictures(
+    tracking: str,
+) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking)
+    experiment = client.get_experiment_by_name("ultra")
+    assert experiment is not None
+    runs = {run.data.tags["job"]: run for run in client.search_runs([experiment.experiment_id])}
+    assert {"prepare", "instructions", "train", "evaluate"} <= runs.keys()
+    assert all(run.info.status == "FINISHED" for run in runs.values())
+    trained = runs["train"]
+    assert trained.data.params["model.selection.strategy"] == "adaptive"
+    for metric in ("loss", "redundancy", "alpha", "entropy", "samples_per_second"):
+        assert len(client.get_metric_history(trained.info.run_id, metric)) > 10, metric
+    evaluated = runs["evaluate"]
+    assert evaluated.data.metrics["selection/accuracy"] > 0
+    files = {item.path for item in client.list_artifacts(evaluated.info.run_id)}
+    assert {"answers.json", "sites.json", "selection.json", "training_curves.png"} <= files
+    strips = client.list_artifacts(evaluated.info.run_id, "frames")
+    assert strips
+    assert all(strip.path.endswith(".png") for strip in strips)
+
+
+def test_on_s3_it_gives_the_same_summary(local: Run, s3_bucket: str, tmp_path: Path) -> None:
+    remote = run_demo(tmp_path / "report", f"{s3_bucket}/demo")
+    timed = {"seconds", "steps"}
+    assert {k: v for k, v in remote.summary.items() if k not in timed} == {
+        k: v for k, v in local.summary.items() if k not in timed
+    }
+    assert remote.jobs == local.jobs
+
+
+def test_the_endpoint_answers_as_predict_did(local: Run) -> None:
+    """Greedy and token for token: the shipped tokenizer has one token a character."""
+    import base64
+
+    import openai
+
+    from ultra.evaluate.predictions import read_frames, read_predictions
+
+    predictions = read_predictions(str(local.folder / "predictions"))[:12]
+    frames = read_frames(str(local.folder / "exams"), {p.exam_id for p in predictions})
+    port = free_port()
+    command = [sys.executable, "-m", "ray_jobs.demo_server", "--port", str(port)]
+    with (local.folder / "serve.log").open("wb") as log:
+        server = subprocess.Popen(
+            [*command, "--root", str(local.folder)], cwd=ROOT, stdout=log, stderr=log
+        )
+    try:
+        wait_until_up(f"http://127.0.0.1:{port}/health/ready", server, timeout_s=240)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        for prediction in predictions:
+            parts: list[Any] = [
+                {
+                    "type": "image_url",
+                    "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(f).decode()}"},
+                }
+                for f in frames[prediction.exam_id]
+            ]
+            parts.append({"type": "text", "text": prediction.question})
+            answer = client.chat.completions.create(
+                model="ultra", messages=[{"role": "user", "content": parts}], max_tokens=96
+            )
+            assert answer.choices[0].message.content == prediction.answer
+            extra = (answer.model_extra or {})["ultra"]
+            assert extra["chosen_frame"] == prediction.chosen
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
