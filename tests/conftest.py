@@ -18,6 +18,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tensors as small as those of tests are slower on several threads."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def free_port() -> int:
     """A port that nobody uses, below those the system and Ray hand out in the meantime."""
     while True:

@@ -110,7 +110,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(override: str, path: str, d
         ),
         (
             ["data.simulator.min_frames=9"],
-            "data.simulator: min_frames 9 exceeds max_frames 6",
+            "data.simulator: min_frames 9 exceeds max_frames 5",
         ),
     ],
 )

@@ -241,7 +241,9 @@ class TrainConfig(Section):
     """Samples of one forward pass of one worker."""
     zero: ZeroConfig = ZeroConfig()
     precision: Literal["float32", "bfloat16"] = "float32"
-    scorer_learning_rate_scale: Annotated[float, Field(gt=0)] = 5.0
+    learning_rate_scales: dict[Part, Annotated[float, Field(gt=0)]] = {"scorer": 5.0}
+    """Part -> factor on a stage's rate. Projectors start as small as the token embeddings' standard
+    deviation, and Adam's step does not shrink with a weight: give them about that factor."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     seed: int = 0

@@ -20,12 +20,6 @@ from ultra.types import IGNORED, VISUAL
 T, CLIP, SAM = 4, 20, 36
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Tensors this small are slower on several."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def make_config(random_config) -> Callable[..., ModelConfig]:
     """The model's section with some keys replaced: `make_config(selection={"pool": "mean"})`."""

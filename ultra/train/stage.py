@@ -105,7 +105,7 @@ def describe_parts(run: StageRun) -> str:
     for count in count_parts(run.model):
         if count.trainable != (count.part in run.stage.trainable):
             raise AssertionError(f"{count.part} trains: {count.trainable}, against the preset")
-        scale = run.config.train.scorer_learning_rate_scale if count.part == "scorer" else 1.0
+        scale = run.config.train.learning_rate_scales.get(count.part, 1.0)
         rate = f"{run.stage.learning_rate * scale:g}" if count.trainable else "frozen"
         lines.append(f"  {count.part:<12}{count.parameters:>14,}  {rate}")
     return "\n".join(lines)

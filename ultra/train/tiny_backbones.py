@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ultra.config import SimulatorConfig
-from ultra.data.instructions import write_conversations
+from ultra.data.instructions import parse_report, write_conversations
 from ultra.data.prompts import encode_conversation
 from ultra.data.synthetic import SITES, Truth, report_characters, simulate, simulated_exams
 from ultra.model.encoders import (
@@ -183,7 +183,7 @@ def train_language(groups: list[FrameGroup], steps: int) -> tuple[Any, Any]:
         logits = model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long()).logits[:, :-1]
         return _answer_loss(logits, ids[:, 1:], labels[:, 1:])
 
-    _optimise("language", list(model.parameters()), loss, _texts(rows, 48), 3 * steps)
+    _optimise("language", list(model.parameters()), loss, _texts(rows, 48), 2 * steps)
     return model.half(), tokenizer
 
 
@@ -206,15 +206,29 @@ def build_tokenizer(characters: str) -> Any:
 def _text_rows(
     tokenizer: Any, group: FrameGroup, rng: random.Random
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield conversations with the findings, mostly, where the visual tokens will stand."""
+    """Yield conversations with words, mostly, where the visual tokens will stand."""
     for conversation in write_conversations(group, SEED):
-        told = _told(conversation, group.findings) if rng.random() < 0.8 else conversation
+        told = _tell(conversation, group, rng) if rng.random() < 0.9 else conversation
         yield encode_conversation(tokenizer, "plain", told.turns, 0)
 
 
-def _told(conversation: Conversation, findings: str) -> Conversation:
+def _tell(conversation: Conversation, group: FrameGroup, rng: random.Random) -> Conversation:
+    """Return the conversation after the findings, or after their facts in any order.
+
+    Facts without order are the more like visual tokens: the model learns to look them up and to
+    write a report from them, not only to copy.
+    """
+    words = group.findings
+    if rng.random() < 0.7:
+        report = parse_report(group.site, group.findings, group.diagnosis)
+        size = f"{report.size_mm:g}mm" if report.size_mm else None
+        facts = [group.site, report.side, report.kind, report.echogenicity, size, report.margin]
+        facts += ["正常"] if report.normal else []
+        known = [fact for fact in facts if fact]
+        rng.shuffle(known)
+        words = rng.choice(["", "，", "。"]).join(known)
     first, *rest = conversation.turns
-    told = Turn(first.role, findings + first.content)
+    told = Turn(first.role, words + first.content)
     return Conversation(conversation.stage, conversation.task, (told, *rest))
 
 

@@ -191,7 +191,7 @@ def _group(model: nn.Module, part: Part, names: list[str], config: TrainConfig) 
     parameters = dict(model.named_parameters())
     return {
         "params": [parameters[name] for name in names],
-        "scale": config.scorer_learning_rate_scale if part == "scorer" else 1.0,
+        "scale": config.learning_rate_scales.get(part, 1.0),
         # alpha is a mixing weight: decay would pull it to the second encoder.
         "weight_decay": 0.0 if part in {"alpha", "scorer"} else config.weight_decay,
     }
