@@ -125,6 +125,7 @@ def stream_rows(
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    context.enable_progress_bars = False  # training has a progress line of its own
     left = frozenset(seen)
     rows = ray.data.range(len(windows), override_num_blocks=len(windows)).flat_map(
         lambda item: read_window(windows[item["id"]], left)
