@@ -119,7 +119,7 @@ def s3_bucket(
                 "-ip.bind=127.0.0.1",
                 *(f"-{name}={port}" for name, port in ports.items()),
                 f"-s3.config={folder / 's3.json'}",
-                "-volume.max=8",
+                "-volume.max=40",
                 "-master.volumeSizeLimitMB=64",
                 "-master.telemetry=false",
             ],
