@@ -18,7 +18,7 @@ $(READY): requirements.lock pyproject.toml
 
 install: $(READY) ## make the environment in .venv
 
-demo: $(READY) ## simulated exams and one real cine through every job, about five minutes
+demo: $(READY) ## simulated exams and one real cine through every job
 	$(RUN) -m ray_jobs.demo
 
 serve: $(READY) ## serve the demo's checkpoint and print a curl that works
