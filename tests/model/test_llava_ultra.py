@@ -45,6 +45,11 @@ def losses_by_hand(model, inputs, row: int, frames: list[int]) -> np.ndarray:
     )
 
 
+def mean_of_rows(rows) -> float:
+    """What the language loss is: every conversation counts alike, however long its answer."""
+    return sum(sum(row) / len(row) for row in rows) / len(rows)
+
+
 def best_frames(model, inputs) -> list[int]:
     """The frame of each group whose best token scores highest (Eq. 3), in numpy."""
     visual_BKTD = model.fusion(inputs["features"]).detach().double().numpy()
@@ -73,8 +78,10 @@ def test_the_language_loss_is_that_of_the_frames_the_strategy_shows(
     }[strategy]
     losses = [losses_by_hand(model, inputs, row, frames) for row, frames in shown]
     assert {len(row_losses) for row_losses in losses} == {4, 7}  # the answers' lengths
+    expected = mean_of_rows(losses)
+    assert expected != pytest.approx(np.concatenate(losses).mean(), rel=3e-4)
     outputs = model(**inputs)
-    assert float(outputs["language"]) == pytest.approx(np.concatenate(losses).mean(), rel=1e-4)
+    assert float(outputs["language"]) == pytest.approx(expected, rel=1e-4)
     assert float(outputs["loss"].detach()) == pytest.approx(float(outputs["language"]), rel=1e-6)
     assert outputs["redundancy"] == 0
 
@@ -85,7 +92,7 @@ def test_random_shows_real_frames_only_and_all_of_them(make_model, make_inputs) 
     own = [
         [losses_by_hand(model, inputs, row, [k]) for k in range(n)] for row, n in ((0, 3), (1, 2))
     ]
-    possible = [np.concatenate([own[0][i], own[1][j]]).mean() for i in range(3) for j in range(2)]
+    possible = [mean_of_rows([own[0][i], own[1][j]]) for i in range(3) for j in range(2)]
     drawn = []
     for seed in range(40):
         torch.manual_seed(seed)
@@ -102,7 +109,7 @@ def test_the_loss_is_language_plus_weighted_redundancy(make_model, make_inputs, 
     model = make_model(selection=changes).train()
     inputs = make_inputs()
     best = best_frames(model, inputs)
-    language = np.concatenate([losses_by_hand(model, inputs, row, [best[row]]) for row in (0, 1)])
+    language = mean_of_rows([losses_by_hand(model, inputs, row, [best[row]]) for row in (0, 1)])
     visual = model.fusion(inputs["features"])
     scores = model.scorer(visual, inputs["frame_mask_BK"])
     findings = (inputs["findings_ids_BS"], inputs["findings_mask_BS"])
@@ -118,7 +125,7 @@ def test_the_loss_is_language_plus_weighted_redundancy(make_model, make_inputs, 
     outputs = model(**inputs, teach=True, **extra)
     assert float(redundancy) > 0.1
     assert float(outputs["redundancy"]) == pytest.approx(float(redundancy), rel=1e-5)
-    expected = language.mean() + 0.37 * float(redundancy)
+    expected = language + 0.37 * float(redundancy)
     assert float(outputs["loss"].detach()) == pytest.approx(expected, rel=1e-4)
     assert model(**inputs)["redundancy"] == 0  # before its time
 
@@ -132,9 +139,8 @@ def test_a_padded_batch_is_its_groups_one_by_one(
     inputs = make_inputs(counts, strategy)
     together = model(**inputs, teach=True)
     alone = [model(**take_one(inputs, row), teach=True) for row in range(3)]
-    repeats = counts if strategy == "each" else (1, 1, 1)
-    weights = [(4 + 3 * row) * repeats[row] for row in range(3)]
-    language = np.average([float(out["language"]) for out in alone], weights=weights)
+    repeats = counts if strategy == "each" else (1, 1, 1)  # rows of the language model
+    language = np.average([float(out["language"]) for out in alone], weights=repeats)
     redundancy = np.mean([float(out["redundancy"]) for out in alone])
     assert alone[1]["redundancy"] == 0  # k = 1
     assert float(together["language"]) == pytest.approx(language, rel=1e-4)
@@ -149,11 +155,11 @@ def test_only_answers_are_learned(make_model, make_inputs) -> None:
     changed = inputs["labels_BS"].clone()
     changed[0, last[0]] = (changed[0, last[0]] + 1) % 90
     assert model(**{**inputs, "labels_BS": changed})["language"] != loss
-    # A label masked in addition takes its token out of the mean.
+    # A label masked in addition takes its token out of its row's mean.
     changed[0, last[0]] = IGNORED
     best = best_frames(model, inputs)
     rows = [losses_by_hand(model, inputs, row, [best[row]]) for row in (0, 1)]
-    expected = np.concatenate([rows[0][:-1], rows[1]]).mean()
+    expected = mean_of_rows([rows[0][:-1], rows[1]])
     masked = float(model(**{**inputs, "labels_BS": changed})["language"])
     assert masked == pytest.approx(expected, rel=1e-4)
 
