@@ -77,6 +77,7 @@ def test_an_unknown_section_is_named() -> None:
         ("train.precision=float16", "train.precision", "'float32' or 'bfloat16'"),
         ("data.validation_fraction=1.5", "data.validation_fraction", "less than or equal to 1"),
         ("model.vision.encoders.0.name=dino", "model.vision.encoders.0.name", "'clip' or 'sam'"),
+        ("model.selection.teacher_temperature=0", "model.selection.teacher_temperature", "got 0"),
         ("train.stages=[]", "train.stages", "at least 1 item"),
         ("model.language.weights=null", "model.language.weights", "valid string"),
     ],

@@ -141,6 +141,8 @@ class SelectionConfig(Section):
     """Func. b of the paper: what the feature score is taught with; `none` is Func. a."""
     teacher_layers: Positive = 2
     """N of Eq. 4: language-model layers the attention teacher reads."""
+    teacher_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Norm of Eq. 5: the softmax of the teacher's scores is taken of scores / temperature."""
     teacher_warmup_steps: Annotated[int, Field(ge=0)] = 120
     """Steps before the redundancy loss starts, counted over all stages."""
     redundancy_weight: Annotated[float, Field(ge=0)] = 1.0

@@ -104,8 +104,15 @@ def test_random_shows_real_frames_only_and_all_of_them(make_model, make_inputs) 
 
 
 @pytest.mark.parametrize("teacher", ["attention", "likelihood"])
-def test_the_loss_is_language_plus_weighted_redundancy(make_model, make_inputs, teacher) -> None:
-    changes = {"teacher": teacher, "redundancy_weight": 0.37}
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_loss_is_language_plus_weighted_redundancy(
+    make_model, make_inputs, teacher, temperature
+) -> None:
+    changes = {
+        "teacher": teacher,
+        "redundancy_weight": 0.37,
+        "teacher_temperature": temperature,
+    }
     model = make_model(selection=changes).train()
     inputs = make_inputs()
     best = best_frames(model, inputs)
@@ -121,7 +128,8 @@ def test_the_loss_is_language_plus_weighted_redundancy(make_model, make_inputs, 
         extra = {"teacher_BK": taught}
     else:
         taught = score_likelihood(model.language, visual, *findings)
-    redundancy = redundancy_loss(scores, taught, inputs["frame_mask_BK"], teacher).detach()
+    mask = inputs["frame_mask_BK"]
+    redundancy = redundancy_loss(scores, taught, mask, teacher, temperature).detach()
     outputs = model(**inputs, teach=True, **extra)
     assert float(redundancy) > 0.1
     assert float(outputs["redundancy"]) == pytest.approx(float(redundancy), rel=1e-5)

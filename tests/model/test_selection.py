@@ -152,23 +152,24 @@ def test_outside_training_the_gate_is_the_argmax(gradient) -> None:
 TEACHER = np.array([[0.011, 0.014, 0.010], [3.0, 1.0, 77.0]])
 
 
-def teacher_by_hand(row: int, kind: str):
+def teacher_by_hand(row: int, kind: str, temperature: float = 1.0):
     """Only the real frames of a group, in numpy: z-score and softmax, or softmax."""
     real = TEACHER[row][MASK[row].numpy()]
     if kind == "attention":
         real = (real - real.mean()) / (real.std() + 1e-5)
-    return softmax(real)
+    return softmax(real / temperature)
 
 
 @pytest.mark.parametrize("kind", ["attention", "likelihood"])
-def test_the_redundancy_loss_is_eq_5(kind) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
+def test_the_redundancy_loss_is_eq_5(kind, temperature) -> None:
     scores = torch.tensor(SCORES, dtype=torch.float32, requires_grad=True)
     teacher = torch.tensor(TEACHER, dtype=torch.float32, requires_grad=True)
-    loss = redundancy_loss(scores, teacher, MASK, kind)
+    loss = redundancy_loss(scores, teacher, MASK, kind, temperature)
     losses, gradient = [], np.zeros((B, K))
     for row in range(B):
         real = MASK[row].numpy()
-        student, target = softmax(SCORES[row][real]), teacher_by_hand(row, kind)
+        student, target = softmax(SCORES[row][real]), teacher_by_hand(row, kind, temperature)
         losses.append(-(target * np.log(student)).sum())
         gradient[row, real] = (student - target) / B
     assert float(loss.detach()) == pytest.approx(np.mean(losses), rel=1e-4)
@@ -183,6 +184,12 @@ def test_the_teacher_gives_padding_nothing(kind) -> None:
     assert target[1, 2] == 0
     np.testing.assert_allclose(target.sum(-1), 1, rtol=1e-6)
     np.testing.assert_allclose(target[1, :2], teacher_by_hand(1, kind), rtol=1e-4)
+
+
+def test_a_cold_teacher_of_long_findings_gives_padding_nothing() -> None:
+    # Log-likelihoods of hundreds of nats, divided by a small temperature, lie below -1e4.
+    target = normalise_teacher(torch.tensor([[-900.0, -905.0, 0.0]]), MASK[1:], "likelihood", 0.05)
+    np.testing.assert_allclose(target, [[1, 0, 0]], atol=1e-12)
 
 
 def test_a_teacher_that_sees_no_difference_is_uniform() -> None:

@@ -72,7 +72,13 @@ class LlavaUltra(nn.Module):
                 teacher_BK = score_likelihood(
                     self.language, visual_BKTD, findings_ids_BS, findings_mask_BS
                 )
-            redundancy = redundancy_loss(scores_BK, teacher_BK, frame_mask_BK, selection.teacher)
+            redundancy = redundancy_loss(
+                scores_BK,
+                teacher_BK,
+                frame_mask_BK,
+                selection.teacher,
+                selection.teacher_temperature,
+            )
         loss = language + selection.redundancy_weight * redundancy
         # Every trained parameter takes part in every step, whatever the strategy.
         loss = loss + 0 * scores_BK.masked_fill(~frame_mask_BK, 0).sum()

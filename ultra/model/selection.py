@@ -55,11 +55,14 @@ def gate_frames(scores_BK: Tensor, config: SelectionConfig, training: bool) -> T
     return soft if config.gradient == "soft" else hard - soft.detach() + soft
 
 
-def normalise_teacher(teacher_BK: Tensor, mask_BK: Tensor, kind: str) -> Tensor:
-    """Return the teacher's scores of each group as probabilities; padding gets none.
+def normalise_teacher(
+    teacher_BK: Tensor, mask_BK: Tensor, kind: str, temperature: float = 1.0
+) -> Tensor:
+    """Return the teacher's scores of a group as probabilities (Norm of Eq. 5); padding gets none.
 
     `attention` scores are z-scored over the frames of a group first, because their spread is tiny
-    and differs between models; `likelihood` scores are in nats already.
+    and differs between models; `likelihood` scores are in nats already. Then a softmax of
+    scores / `temperature`.
     """
     scores = teacher_BK.float()
     if kind == "attention":
@@ -68,16 +71,20 @@ def normalise_teacher(teacher_BK: Tensor, mask_BK: Tensor, kind: str) -> Tensor:
         mean = kept.sum(-1, keepdim=True) / count
         variance = ((kept - mean).masked_fill(~mask_BK, 0) ** 2).sum(-1, keepdim=True) / count
         scores = (scores - mean) / (variance.sqrt() + 1e-5)
-    return torch.softmax(scores.masked_fill(~mask_BK, MASKED), dim=-1)
+    # Nothing flows back through the teacher, so padding may lie below every score for certain.
+    scores = (scores / temperature).masked_fill(~mask_BK, -torch.inf)
+    return torch.softmax(scores, dim=-1)
 
 
-def redundancy_loss(scores_BK: Tensor, teacher_BK: Tensor, mask_BK: Tensor, kind: str) -> Tensor:
+def redundancy_loss(
+    scores_BK: Tensor, teacher_BK: Tensor, mask_BK: Tensor, kind: str, temperature: float = 1.0
+) -> Tensor:
     """Return L_adr (Eq. 5), the mean over groups of the cross-entropy in nats.
 
     Between the normalised teacher, detached, and the softmax of the feature scores, in float32;
-    zero for a group of one frame.
+    zero for a group of one frame. `temperature` is the teacher's.
     """
-    target_BK = normalise_teacher(teacher_BK, mask_BK, kind).detach()
+    target_BK = normalise_teacher(teacher_BK, mask_BK, kind, temperature).detach()
     log_student_BK = torch.log_softmax(scores_BK.float(), dim=-1)
     return -(target_BK * log_student_BK).sum(-1).mean()
 
