@@ -14,10 +14,10 @@ from ultra.model.encoders import FrozenEncoders, cache_key
 
 def main(config: PipelineConfig) -> None:
     """Run the job."""
-    vision, resources = config.model.vision, config.encode
+    model, resources = config.model, config.encode
     device = "cuda" if resources.gpus_per_replica else "cpu"
-    cache_uri = storage.join(config.data.features_uri, cache_key(vision))
-    counts = encode(config.data, resources, partial(FrozenEncoders, vision, device), cache_uri)
+    cache_uri = storage.join(config.data.features_uri, cache_key(model))
+    counts = encode(config.data, resources, partial(FrozenEncoders, model, device), cache_uri)
     print(
         f"{counts.frames} frames encoded; {counts.parts_cached} of {counts.parts} parts "
         f"were in the cache {cache_uri}"

@@ -76,8 +76,9 @@ def test_an_unknown_section_is_named() -> None:
         ("train.zero.stage=4", "train.zero.stage", "0, 1, 2 or 3"),
         ("train.precision=float16", "train.precision", "'float32' or 'bfloat16'"),
         ("data.validation_fraction=1.5", "data.validation_fraction", "less than or equal to 1"),
-        ("model.vision.encoders.0.name=dino", "model.vision.encoders.0.name", "'clip' or 'sam'"),
+        ("model.selection.pool=sum", "model.selection.pool", "'max', 'mean' or 'attention'"),
         ("model.selection.teacher_temperature=0", "model.selection.teacher_temperature", "got 0"),
+        ("model.fusion.alpha=1.2", "model.fusion.alpha", "less than or equal to 1"),
         ("train.stages=[]", "train.stages", "at least 1 item"),
         ("model.language.weights=null", "model.language.weights", "valid string"),
     ],
@@ -108,6 +109,10 @@ def test_a_wrong_value_is_named_with_what_is_allowed(override: str, path: str, d
         (
             ["model.vision.encoders.1.name=clip"],
             "model.vision: encoders must differ, got ['clip', 'clip']",
+        ),
+        (
+            ["model.vision.encoders=[{name: clip, weights: c, width: 3}]"],
+            "train.stages.0.trainable: alpha weighs two encoders, model.vision.encoders names one",
         ),
         (
             ["data.simulator.min_frames=9"],
@@ -258,6 +263,18 @@ def test_visual_tokens_follow_from_grid_and_strategy() -> None:
     for strategy, expected in {"adaptive": 16, "each": 16, "first": 16, "all": 80}.items():
         model = load("tiny", [f"model.selection.strategy={strategy}"]).model
         assert model.num_visual_tokens(5) == expected
+
+
+def test_one_encoder_trains_without_alpha() -> None:
+    config = load(
+        "tiny",
+        [
+            "model.vision.encoders=[{name: clip, weights: c, width: 3}]",
+            "train.stages.0.trainable=[projectors, scorer]",
+            "train.stages.1.trainable=[projectors, scorer, lora]",
+        ],
+    )
+    assert [encoder.name for encoder in config.model.vision.encoders] == ["clip"]
 
 
 def test_gradient_accumulation_divides_the_batch() -> None:

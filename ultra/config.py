@@ -93,13 +93,14 @@ class DataConfig(Section):
 class EncoderConfig(Section):
     """One frozen vision encoder."""
 
-    name: Literal["clip", "sam"]
+    name: str
+    """clip, dinov2 or sam; see ENCODERS in `ultra/model/encoders.py`."""
     weights: str
-    """A transformers directory (clip), or a `.pth` or `.safetensors` file (sam)."""
+    """A transformers directory (clip, dinov2), or a `.pth` or `.safetensors` file (sam)."""
     width: Positive
     """Channels of a visual token as this encoder gives it, after pooling to the grid."""
     layer: int = -2
-    """clip: the hidden layer that is read."""
+    """clip, dinov2: the hidden layer that is read."""
     pool: Literal["unshuffle", "avgpool"] = "unshuffle"
     """sam: how its grid is brought to `grid`: space-to-depth (lossless) or averaging."""
 
@@ -308,6 +309,16 @@ class PipelineConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @model_validator(mode="after")
+    def _weighs_what_there_is(self) -> Self:
+        for index, stage in enumerate(self.train.stages):
+            if "alpha" in stage.trainable and len(self.model.vision.encoders) == 1:
+                raise ValueError(
+                    f"train.stages.{index}.trainable: alpha weighs two encoders, "
+                    "model.vision.encoders names one"
+                )
+        return self
+
     def to_yaml(self) -> str:
         """Return the tree as YAML that `load` reads back to an equal tree.
 
@@ -412,7 +423,7 @@ def _explain(error: Any) -> str:
         return f"{path}: missing"
     shown = "" if isinstance(error["input"], dict | list) else f", got {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{path}: {message}{shown}"
+    return f"{path}: {message}{shown}" if path else message
 
 
 def _keys_at(path: tuple[int | str, ...]) -> list[str]:

@@ -5,19 +5,44 @@ B=2 groups, K=3 frames, T=4 tokens, D=24, 20 clip and 36 sam channels: all diffe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.model.encoder_weights import write_encoders
 from ultra.config import ModelConfig
 from ultra.model.language import LanguageBranch
 from ultra.model.llava_ultra import LlavaUltra
 from ultra.types import IGNORED, VISUAL
 
 T, CLIP, SAM = 4, 20, 36
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """Random weights of every family of encoders, with a grid of 4 x 4."""
+    folder: Path = tmp_path_factory.mktemp("weights")
+    write_encoders(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def read_recipe() -> Callable[[str], Any]:
+    """The block of code in CONTRIBUTING.md that holds a text, compiled."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+    def read(part: str) -> Any:
+        (block,) = [block for block in blocks if part in block]
+        return compile(block, "CONTRIBUTING.md", "exec")
+
+    return read
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ultra.config import parse
 from ultra.model import checkpoint
 from ultra.model.checkpoint import CheckpointError
 from ultra.model.language import LanguageBranch
@@ -27,6 +28,36 @@ def test_written_and_read_back_is_the_same(random_config, random_checkpoint) -> 
     for name, tensor in expected.items():
         assert torch.equal(tensor, loaded[name]), name
     assert checkpoint.read(random_checkpoint).config == random_config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"selection": {"pool": "attention", "teacher_temperature": 0.5}},
+        {"fusion": {"projector": "mlp", "alpha": 1.0}},
+        {"vision": {"encoders": ["clip"]}},
+        {"vision": {"encoders": ["sam"]}},
+        {"vision": {"encoders": ["sam", "clip"]}},
+    ],
+)
+def test_every_variant_of_the_connector_is_read_back(make_model, tmp_path, changes) -> None:
+    if "vision" in changes:
+        known = {e.name: e for e in make_model().config.vision.encoders}
+        changes = {"vision": {"encoders": [known[n] for n in changes["vision"]["encoders"]]}}
+    model = make_model(**changes)
+    stages = [{"name": "align", "trainable": ["projectors", "scorer"], "steps": 1}]
+    config = parse(
+        {"name": "variant", "model": model.config.model_dump(), "train": {"stages": stages}}
+    )
+    state = {n: t for n, t in model.state_dict().items() if n.startswith(checkpoint.CONNECTOR)}
+    base = checkpoint.describe_base(model.config)
+    checkpoint.write(tmp_path, config, state, model.language, base)
+    branch = checkpoint.load_visual(str(tmp_path))
+    read = {f"fusion.{n}": t for n, t in branch.fusion.state_dict().items()}
+    read |= {f"scorer.{n}": t for n, t in branch.scorer.state_dict().items()}
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+    assert branch.config == model.config
 
 
 def test_nothing_is_pickled(random_checkpoint) -> None:

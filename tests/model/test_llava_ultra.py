@@ -14,7 +14,7 @@ from ultra.model.encoders import FrozenEncoders
 from ultra.model.llava_ultra import VisualBranch
 from ultra.model.selection import redundancy_loss
 from ultra.model.teacher import AttentionTeacher, score_likelihood
-from ultra.model.trainable import select_trainable
+from ultra.model.trainable import count_parts, select_trainable
 from ultra.types import IGNORED, VISUAL
 
 T, D = 4, 24
@@ -208,6 +208,78 @@ def test_every_trained_parameter_has_a_gradient_in_every_step(
     assert missing == []
 
 
+@pytest.mark.parametrize("pool", ["max", "mean", "attention"])
+@pytest.mark.parametrize("gradient", ["straight_through", "gumbel", "soft", "hard"])
+def test_the_answer_teaches_the_scorer_unless_the_choice_is_hard(
+    make_model, make_inputs, pool, gradient
+) -> None:
+    model = make_model(selection={"pool": pool, "gradient": gradient}).train()
+    select_trainable(model, PARTS["align"])
+    torch.manual_seed(0)
+    outputs = model(**make_inputs())
+    outputs["loss"].backward()
+    assert torch.isfinite(outputs["loss"])
+    for name, parameter in model.scorer.named_parameters():
+        assert torch.isfinite(parameter.grad).all()
+        assert bool(parameter.grad.any()) == (gradient != "hard"), name
+    # The redundancy loss does in any case.
+    model.zero_grad()
+    teacher_BK = torch.tensor([[0.1, 0.3, 0.2], [0.5, 0.1, 0.0]])
+    model(**make_inputs(), teach=True, teacher_BK=teacher_BK)["loss"].backward()
+    assert all(parameter.grad.any() for parameter in model.scorer.parameters())
+
+
+@pytest.mark.parametrize("projector", ["linear", "mlp"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_an_alpha_that_the_stage_does_not_name_stays_as_it_is(
+    make_model, make_inputs, projector, alpha
+) -> None:
+    model = make_model(fusion={"projector": projector, "alpha": alpha}).train()
+    select_trainable(model, ("projectors", "scorer", "lora"))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert "fusion.alpha" not in trained
+    before = {n: p.detach().clone() for n, p in trained.items()}
+    inputs = make_inputs()
+    model(**inputs)["loss"].backward()
+    torch.optim.SGD(trained.values(), lr=0.1).step()
+    assert model.fusion.alpha.tolist() == [alpha]
+    moved = {n for n, p in trained.items() if not torch.equal(p.detach(), before[n])}
+    heard = {"clip": alpha > 0, "sam": alpha < 1}
+    for encoder, counts in heard.items():
+        names = {n for n in trained if n.startswith(f"fusion.projectors.{encoder}.")}
+        assert len(names) == (2 if projector == "linear" else 4)
+        assert moved & names == (names if counts else set())
+    alone = {
+        name: model.fusion.projectors[name](
+            torch.nn.functional.layer_norm(features, features.shape[-1:])
+        )
+        for name, features in inputs["features"].items()
+    }
+    expected = {0.0: alone["sam"], 0.5: (alone["clip"] + alone["sam"]) / 2, 1.0: alone["clip"]}
+    torch.testing.assert_close(model.fusion(inputs["features"]), expected[alpha])
+
+
+WIDTHS = {"clip": 20, "sam": 36, "dinov2": 28}
+
+
+@pytest.mark.parametrize(
+    "names", [("clip",), ("sam",), ("dinov2",), ("dinov2", "clip"), ("sam", "dinov2")]
+)
+def test_one_encoder_or_any_two_train(make_model, make_inputs, names) -> None:
+    vision = [{"name": name, "weights": "-", "width": WIDTHS[name]} for name in names]
+    model = make_model(vision={"encoders": vision}).train()
+    inputs = make_inputs()
+    inputs["features"]["dinov2"] = torch.randn(2, 3, T, 28)  # those of others are left alone
+    parts = PARTS["instruct"] if len(names) == 2 else ("projectors", "scorer", "lora")
+    select_trainable(model, parts)
+    assert {c.part for c in count_parts(model) if c.trainable} == set(parts)
+    assert (model.fusion.alpha is None) == (len(names) == 1)
+    model(**inputs)["loss"].backward()
+    for name in names:
+        assert model.fusion.projectors[name].weight.grad.any()
+    assert len(model.fusion.projectors) == len(names)
+
+
 def make_frame(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (17 + seed, 23, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -220,7 +292,7 @@ GROUPS = [[make_frame(i) for i in range(3)], [make_frame(3)], [make_frame(4), ma
 
 @pytest.fixture(scope="module")
 def encoders(make_config):
-    return FrozenEncoders(make_config().vision)
+    return FrozenEncoders(make_config())
 
 
 def make_branch(model, encoders) -> VisualBranch:

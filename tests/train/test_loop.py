@@ -265,7 +265,7 @@ def test_a_run_cut_in_two_draws_as_one_that_was_not(random_config) -> None:
 
 
 def test_pixels_and_features_are_the_same_inputs(random_config, model) -> None:
-    encoders = FrozenEncoders(random_config.model.vision)
+    encoders = FrozenEncoders(random_config.model)
     rng = np.random.default_rng(1)
 
     def make_frame() -> bytes:

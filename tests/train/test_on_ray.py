@@ -46,12 +46,12 @@ def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
     config = configure(root)
     prepare(config.data)
     write_instructions(config.data)
-    vision = config.model.vision
-    cache = storage.join(config.data.features_uri, cache_key(vision))
-    first = encode(config.data, config.encode, partial(FrozenEncoders, vision), cache)
+    build = partial(FrozenEncoders, config.model)
+    cache = storage.join(config.data.features_uri, cache_key(config.model))
+    first = encode(config.data, config.encode, build, cache)
     assert first.parts_cached == 0
     assert first.frames > 40
-    again = encode(config.data, config.encode, partial(FrozenEncoders, vision), cache)
+    again = encode(config.data, config.encode, build, cache)
     assert (again.frames, again.parts_cached) == (0, first.parts)
     return root
 

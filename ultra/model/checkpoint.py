@@ -25,11 +25,12 @@ from torch import Tensor
 
 from ultra import storage
 from ultra.config import ConfigError, InputError, ModelConfig, PipelineConfig, parse
-from ultra.model.encoders import FrozenEncoders, digest_weights
+from ultra.model.encoders import FrozenEncoders
 from ultra.model.language import LanguageBranch
 from ultra.model.llava_ultra import LlavaUltra, VisualBranch
 from ultra.model.selection import FrameScorer
 from ultra.model.vision import Fusion
+from ultra.model.vision_encoder import digest_weights
 
 FORMAT = 1
 CONNECTOR = ("fusion.", "scorer.")
@@ -187,7 +188,7 @@ def load_visual(uri: str, device: str = "cpu") -> VisualBranch:
     """
     checkpoint = read(uri)
     config = checkpoint.config.model
-    encoders = FrozenEncoders(config.vision, device)
+    encoders = FrozenEncoders(config, device)
     for name, encoder in encoders.encoders.items():
         _check_digest(checkpoint, name, encoder.digest)
     state = _load(checkpoint.folder / "connector.safetensors")

@@ -132,7 +132,7 @@ class VisualBranch:
         """
         if not all(groups):
             raise ValueError("a frame group needs at least one frame")
-        features = self.encoders.encode([frame for group in groups for frame in group])
+        features = self.encoders.encode(groups)
         results = []
         start = 0
         for group in groups:

@@ -48,9 +48,8 @@ def encode_batch(
     batch: Batch, encoders: FrozenEncoders, frame_mask_BK: Tensor
 ) -> dict[str, Tensor]:
     """Return encoder name -> (B, K, T, F) of a batch's frames, zero where there is none."""
-    frames = [frame for group in batch.frames or () for frame in group]
     padded = {}
-    for name, encoded_NTF in encoders.encode(frames).items():
+    for name, encoded_NTF in encoders.encode(batch.frames or ()).items():
         shape = (*frame_mask_BK.shape, *encoded_NTF.shape[1:])
         features_BKTF = encoded_NTF.new_zeros(shape)
         features_BKTF[frame_mask_BK.to(encoded_NTF.device)] = encoded_NTF

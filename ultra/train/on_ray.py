@@ -63,8 +63,12 @@ def fit(config: PipelineConfig) -> str:
 
 
 def cache_uri(config: PipelineConfig) -> str:
-    """Return the folder of the feature cache for the encoders of a configuration."""
-    return storage.join(config.data.features_uri, cache_key(config.model.vision))
+    """Return the folder of the feature cache for the encoders of a configuration.
+
+    Raises:
+        ConfigError: for an unknown encoder.
+    """
+    return storage.join(config.data.features_uri, cache_key(config.model))
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -135,7 +139,7 @@ def _inputs(run: StageRun, source: stream.Source, used: UsedExams) -> Iterator[I
         run.model.language.tokenizer, language.template, model.num_visual_tokens,
         language.max_length,
     )  # fmt: skip
-    encoders = None if source.features else FrozenEncoders(model.vision, str(run.engine.device))
+    encoders = None if source.features else FrozenEncoders(model, str(run.engine.device))
     # All rows of a step at once, so that its forward passes can have rows of like lengths.
     tables = share.iter_batches(
         batch_size=train.micro_batch_size * train.gradient_accumulation,

@@ -31,14 +31,9 @@ from ultra.config import SimulatorConfig
 from ultra.data.instructions import parse_report, write_conversations
 from ultra.data.prompts import encode_conversation
 from ultra.data.synthetic import SITES, Truth, report_characters, simulate, simulated_exams
-from ultra.model.encoders import (
-    CLIP_MEAN,
-    CLIP_STD,
-    SAM_MEAN,
-    SAM_STD,
-    build_sam_encoder,
-    decode,
-)
+from ultra.model.clip import CLIP_MEAN, CLIP_STD
+from ultra.model.pictures import decode
+from ultra.model.sam import SAM_MEAN, SAM_STD, build_sam_encoder
 from ultra.types import Conversation, FrameGroup, Turn
 
 SEED = 20_001
