@@ -133,7 +133,9 @@ class FusionConfig(Section):
 class SelectionConfig(Section):
     """Which frame the language model sees, and how the choice learns (Eqs. 3 to 5)."""
 
-    strategy: Literal["adaptive", "first", "random", "each", "all"] = "adaptive"
+    strategy: str = "adaptive"
+    """adaptive, first, random, each, all, mean or composite; see STRATEGIES in
+    `ultra/model/strategies.py`."""
     pool: Literal["max", "mean", "attention"] = "max"
     """How token scores become a frame's feature score (Eq. 3)."""
     gradient: Literal["straight_through", "hard", "gumbel", "soft"] = "straight_through"
@@ -182,11 +184,6 @@ class ModelConfig(Section):
     def tokens_per_frame(self) -> int:
         """Visual tokens of one frame (T)."""
         return self.vision.grid**2
-
-    def num_visual_tokens(self, num_frames: int) -> int:
-        """Visual tokens the language model reads for a group of `num_frames`."""
-        frames = num_frames if self.selection.strategy == "all" else 1
-        return frames * self.tokens_per_frame
 
 
 class EncodeConfig(Section):

@@ -1,7 +1,7 @@
 """The values that pass from one part of ultra to another.
 
 Shapes: B groups, K frames of a group (padded, with a mask), T visual tokens of a frame,
-S text tokens, D width of the language model.
+S text tokens, D width of the language model. A composite is a frame of its own.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class VisualTokens:
     Attributes:
         tokens_TD: float32 visual tokens, in the language model's width.
         chosen: index of the chosen frame; for strategies that use every frame, the best scored.
-        scores_K: feature score of every frame.
+        scores_K: feature score of every frame; those of a composite share its score.
     """
 
     tokens_TD: NDArray[np.float32]

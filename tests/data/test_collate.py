@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from string import ascii_lowercase
 
 import numpy as np
@@ -53,6 +54,21 @@ def make_sample(
     }
     conversation = Conversation("align", "findings", turns)
     return Sample(group, conversation, arrays if features else None, epoch=ord(exam_id) - ord("a"))
+
+
+def test_a_composite_is_the_group_s_only_picture() -> None:
+    collator = Collator(Letters(), "plain", lambda num_frames: T, 99, lambda num_frames: 1)
+    samples = [make_sample("a", 1, "xy"), make_sample("b", 1, "x")]
+    samples[1] = replace(samples[1], group=make_group("b", 3))
+    batch = collator(samples)
+    assert batch.frame_mask_BK.tolist() == [[True], [True]]
+    assert {n: f.shape for n, f in batch.features.items()} == {
+        "clip": (2, 1, T, CLIP),
+        "sam": (2, 1, T, SAM),
+    }
+    pixels = collator([replace(sample, features=None) for sample in samples])
+    assert pixels.frame_mask_BK.tolist() == [[True], [True]]
+    assert [len(frames) for frames in pixels.frames] == [1, 3]  # it is made of all of them
 
 
 def make_collator(max_length: int = 99, num_visual=lambda num_frames: T) -> Collator:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -50,6 +52,23 @@ def test_a_table_of_exams_becomes_a_table_of_predictions(
         assert row["scores"][row["chosen"]] == max(row["scores"])
         assert 1 <= len(row["token_ids"]) <= 7
         assert row["finish_reason"] in {"stop", "length"}
+
+
+@pytest.mark.parametrize(("strategy", "lengths"), [("all", [12, 8, 4]), ("composite", [4, 4, 4])])
+def test_every_frame_has_a_score_whatever_is_shown(
+    random_checkpoint: str, exams: Exams, tmp_path: Path, strategy: str, lengths: list[int]
+) -> None:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(random_checkpoint, copy)
+    text = (copy / "config.yaml").read_text()
+    assert "strategy: adaptive" in text
+    (copy / "config.yaml").write_text(text.replace("strategy: adaptive", f"strategy: {strategy}"))
+    predictor = Predictor(str(copy), max_new_tokens=3)
+    looks = predictor.visual.look([exam.frames for exam in exams[:3]])
+    assert [len(look.tokens_TD) for look in looks] == lengths
+    predictions = predictor.predict(exams[:3])
+    assert [len(p.scores) for p in predictions] == [3, 3, 2, 1]
+    assert all(p.token_ids for p in predictions)
 
 
 @torch.no_grad()

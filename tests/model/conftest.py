@@ -84,7 +84,7 @@ def make_inputs() -> Callable[..., dict[str, Any]]:
         rng = np.random.default_rng(7)
         rows, findings = [], []
         for i, count in enumerate(counts):
-            places = T * (count if strategy == "all" else 1)
+            places = T * (count if strategy == "all" else 1)  # a composite has one frame
             question, answer = rng.integers(3, 90, 5 + i), rng.integers(3, 90, 4 + 3 * i)
             rows.append(
                 (

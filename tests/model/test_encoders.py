@@ -26,6 +26,7 @@ from ultra.model import checkpoint, encoders
 from ultra.model.encoders import FrozenEncoders, cache_key
 from ultra.model.language import LanguageBranch
 from ultra.model.llava_ultra import LlavaUltra, VisualBranch
+from ultra.model.pictures import compose
 from ultra.model.vision import Fusion
 
 
@@ -149,6 +150,7 @@ def test_the_cache_key_follows_all_that_features_depend_on(weights, tmp_path) ->
             model_config(weights, encoders=(clip,)),
             model_config(weights, encoders=(clip, dinov2)),
             model_config(weights, encoders=(clip, dinov2_config(weights, layer=-1))),
+            model_config(weights, "composite"),
             model_config(weights, grid=2),
         )
     ]
@@ -157,9 +159,23 @@ def test_the_cache_key_follows_all_that_features_depend_on(weights, tmp_path) ->
     (tmp_path / "moved.pth").write_bytes((weights / "sam.pth").read_bytes())
     moved = model_config(weights, encoders=(clip, sam_config(tmp_path / "moved.pth")))
     assert cache_key(moved) == keys[0]
-    # Nor is an option of another family.
+    # Nor is a strategy that shows frames as they are, or an option of another family.
+    for strategy in ("first", "random", "each", "all", "mean"):
+        assert cache_key(model_config(weights, strategy)) == keys[0]
     other = model_config(weights, encoders=(clip_config(weights, pool="avgpool"), sam))
     assert cache_key(other) == keys[0]
+
+
+def test_a_composite_is_encoded_as_the_picture_it_is(weights) -> None:
+    frames = random_frames(6)
+    groups = [frames[:3], frames[3:4], frames[1:]]
+    features = FrozenEncoders(model_config(weights, "composite")).encode(groups)
+    plain = FrozenEncoders(model_config(weights))
+    for index, group in enumerate(groups):
+        alone = plain.encode([[png(compose(group))]])
+        for name, (picture_TF,) in alone.items():
+            torch.testing.assert_close(features[name][index], picture_TF, rtol=1e-4, atol=1e-5)
+    assert len(features["clip"]) == 3
 
 
 @pytest.mark.parametrize("use", [cache_key, FrozenEncoders])
@@ -168,6 +184,11 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(weights, use) -> N
     with pytest.raises(ConfigError) as caught:
         use(model_config(weights, encoders=encoders))
     message = "model.vision.encoders: unknown 'clpi'; allowed: clip, dinov2, sam"
+    assert str(caught.value) == message
+    with pytest.raises(ConfigError) as caught:
+        use(model_config(weights, "fisrt"))
+    allowed = "adaptive, first, random, each, all, mean, composite"
+    message = f"model.selection.strategy: unknown 'fisrt'; allowed: {allowed}"
     assert str(caught.value) == message
 
 

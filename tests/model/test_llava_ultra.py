@@ -12,7 +12,9 @@ from PIL import Image
 from ultra.data.schema import content_digest
 from ultra.model.encoders import FrozenEncoders
 from ultra.model.llava_ultra import VisualBranch
-from ultra.model.selection import redundancy_loss
+from ultra.model.pictures import compose
+from ultra.model.selection import gate_frames, redundancy_loss
+from ultra.model.strategies import Groups, num_visual_tokens
 from ultra.model.teacher import AttentionTeacher, score_likelihood
 from ultra.model.trainable import count_parts, select_trainable
 from ultra.types import IGNORED, VISUAL
@@ -20,10 +22,13 @@ from ultra.types import IGNORED, VISUAL
 T, D = 4, 24
 
 
-def shown_by_hand(model, inputs, row: int, frames: list[int]) -> torch.Tensor:
-    """The embeddings of one row, its text around the tokens of the frames."""
-    visual_BKTD = model.fusion(inputs["features"])
-    rest = iter(token for frame in frames for token in visual_BKTD[row, frame])
+def shown_by_hand(model, inputs, row: int, frames: list[int], average: bool) -> torch.Tensor:
+    """The embeddings of one row, its text around the tokens of the frames or their average."""
+    visual_KTD = model.fusion(inputs["features"])[row]
+    tokens = [token for frame in frames for token in visual_KTD[frame]]
+    if average:
+        tokens = [sum(tokens[t::T]) / len(frames) for t in range(T)]
+    rest = iter(tokens)
     embedding = model.language.base.get_input_embeddings().weight
     ids = inputs["input_ids_BS"][row][inputs["text_mask_BS"][row]].tolist()
     spliced = torch.stack([next(rest) if i == VISUAL else embedding[i] for i in ids])
@@ -31,9 +36,9 @@ def shown_by_hand(model, inputs, row: int, frames: list[int]) -> torch.Tensor:
     return spliced
 
 
-def losses_by_hand(model, inputs, row: int, frames: list[int]) -> np.ndarray:
+def losses_by_hand(model, inputs, row: int, frames: list[int], average=False) -> np.ndarray:
     """The loss of each answer token of one row."""
-    embeds = shown_by_hand(model, inputs, row, frames)
+    embeds = shown_by_hand(model, inputs, row, frames, average)
     logits = model.language.model(inputs_embeds=embeds[None]).logits[0].detach().double().numpy()
     labels = inputs["labels_BS"][row][inputs["text_mask_BS"][row]].tolist()
     return np.array(
@@ -62,7 +67,7 @@ def best_frames(model, inputs) -> list[int]:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("strategy", ["adaptive", "first", "each", "all"])
+@pytest.mark.parametrize("strategy", ["adaptive", "first", "each", "all", "mean"])
 def test_the_language_loss_is_that_of_the_frames_the_strategy_shows(
     make_model, make_inputs, strategy, training
 ) -> None:
@@ -75,8 +80,9 @@ def test_the_language_loss_is_that_of_the_frames_the_strategy_shows(
         "first": [(0, [0]), (1, [0])],
         "each": [(0, [0]), (0, [1]), (0, [2]), (1, [0]), (1, [1])],
         "all": [(0, [0, 1, 2]), (1, [0, 1])],
+        "mean": [(0, [0, 1, 2]), (1, [0, 1])],
     }[strategy]
-    losses = [losses_by_hand(model, inputs, row, frames) for row, frames in shown]
+    losses = [losses_by_hand(model, inputs, *each, strategy == "mean") for each in shown]
     assert {len(row_losses) for row_losses in losses} == {4, 7}  # the answers' lengths
     expected = mean_of_rows(losses)
     assert expected != pytest.approx(np.concatenate(losses).mean(), rel=3e-4)
@@ -138,7 +144,7 @@ def test_the_loss_is_language_plus_weighted_redundancy(
     assert model(**inputs)["redundancy"] == 0  # before its time
 
 
-@pytest.mark.parametrize("strategy", ["adaptive", "first", "each", "all"])
+@pytest.mark.parametrize("strategy", ["adaptive", "first", "each", "all", "mean"])
 def test_a_padded_batch_is_its_groups_one_by_one(
     make_model, make_inputs, take_one, strategy
 ) -> None:
@@ -196,14 +202,19 @@ def test_gradients_reach_exactly_the_declared_parameters(
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("strategy", ["adaptive", "first", "random", "each", "all"])
+@pytest.mark.parametrize(
+    "strategy", ["adaptive", "first", "random", "each", "all", "mean", "composite"]
+)
+@pytest.mark.parametrize("pool", ["max", "attention"])
 def test_every_trained_parameter_has_a_gradient_in_every_step(
-    make_model, make_inputs, strategy
+    make_model, make_inputs, strategy, pool
 ) -> None:
     # ZeRO waits for all of them: without a redundancy loss the scorer's is zero, not absent.
-    model = make_model(selection={"strategy": strategy, "gradient": "hard"}).train()
+    changes = {"strategy": strategy, "gradient": "hard", "pool": pool}
+    model = make_model(selection=changes).train()
     select_trainable(model, PARTS["instruct"])
-    model(**make_inputs((3, 2), strategy))["loss"].backward()
+    counts = (1, 1) if strategy == "composite" else (3, 2)
+    model(**make_inputs(counts, strategy))["loss"].backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert missing == []
 
@@ -312,7 +323,9 @@ def test_looking_picks_what_training_would_show(make_model, encoders) -> None:
         # What the language model reads in training.
         visual = model.fusion(features)
         scores = model.scorer(visual, inputs["frame_mask_BK"])
-        _, trained = model.train()._arrange(visual, scores, inputs["frame_mask_BK"])
+        gates = gate_frames(scores, model.config.selection, training=True)
+        shown = Groups(visual, scores, gates, inputs["frame_mask_BK"])
+        _, trained = model.strategy.arrange(shown)
         assert seen.tokens_TD.dtype == np.float32
         np.testing.assert_allclose(seen.tokens_TD, trained.detach(), rtol=1e-3, atol=1e-4)
         picks.append(best)
@@ -328,25 +341,35 @@ def test_looking_at_groups_together_or_one_by_one_is_the_same(make_model, encode
         np.testing.assert_allclose(alone.tokens_TD, together.tokens_TD, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("strategy", ["first", "random", "each", "all"])
+@pytest.mark.parametrize("strategy", ["first", "random", "each", "all", "mean", "composite"])
 def test_other_strategies_show_their_frames(make_model, encoders, strategy) -> None:
     model = make_model(selection={"strategy": strategy})
-    branch = make_branch(model, encoders)
+    branch = make_branch(model, FrozenEncoders(model.config))
     (seen,) = branch.look(GROUPS[:1])
     visual_KTD = model.fusion({n: torch.from_numpy(f) for n, f in encoders(GROUPS[0]).items()})
     if strategy == "all":
         expected = visual_KTD.reshape(3 * T, D)
         assert seen.chosen == int(np.argmax(seen.scores_K))
+    elif strategy == "mean":
+        expected = (visual_KTD[0] + visual_KTD[1] + visual_KTD[2]) / 3
+        assert seen.chosen == int(np.argmax(seen.scores_K))
     elif strategy == "first":
         expected = visual_KTD[0]
         assert seen.chosen == 0
+    elif strategy == "composite":
+        file = io.BytesIO()
+        compose(GROUPS[0]).save(file, "PNG")
+        picture = encoders([file.getvalue()])
+        (expected,) = model.fusion({n: torch.from_numpy(f) for n, f in picture.items()})
+        assert seen.chosen == 0
+        assert len(set(seen.scores_K)) == 1  # all frames are in the one picture
     else:
         # Drawn from the frames themselves: the first 8 bytes of their digest.
         number = int(content_digest(GROUPS[0])[:16], 16)
         assert seen.chosen == number % 3
         expected = visual_KTD[seen.chosen]
     assert len(seen.scores_K) == 3
-    assert len(seen.tokens_TD) == model.config.num_visual_tokens(3)
+    assert len(seen.tokens_TD) == num_visual_tokens(model.config, 3)
     np.testing.assert_allclose(seen.tokens_TD, expected.detach(), rtol=1e-3, atol=1e-4)
     (again,) = branch.look(GROUPS[:1])
     assert again.chosen == seen.chosen

@@ -17,6 +17,7 @@ from ultra.data.collate import Collator, Sample
 from ultra.model.encoders import FrozenEncoders
 from ultra.model.language import LanguageBranch
 from ultra.model.llava_ultra import LlavaUltra
+from ultra.model.strategies import num_visual_tokens
 from ultra.model.teacher import AttentionTeacher
 from ultra.model.trainable import select_trainable
 from ultra.train.batches import encode_batch, to_inputs
@@ -96,7 +97,10 @@ def make_samples(num_frames: tuple[int, ...] = (3, 1, 2)) -> list[Sample]:
 def make_batches(model, sizes: tuple[tuple[int, ...], ...] = ((3, 1, 2),)):
     config = model.config
     collator = Collator(
-        model.language.tokenizer, "plain", config.num_visual_tokens, config.language.max_length
+        model.language.tokenizer,
+        "plain",
+        partial(num_visual_tokens, config),
+        config.language.max_length,
     )
     batches = [to_inputs(collator(make_samples(s)), None, torch.device("cpu")) for s in sizes]
     return itertools.cycle(batches)

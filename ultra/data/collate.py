@@ -1,6 +1,6 @@
 """Rows of exams as padded batches.
 
-Shapes: B samples, K frames of a group (padded), S text tokens.
+Shapes: B samples, K frames of a group (padded) or the one picture composed of them, S text tokens.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ class Collator:
         template: name of the conversation template.
         num_visual_tokens: number of frames -> visual tokens the language model reads.
         max_length: longest row; a longer one loses its end.
+        num_pictures: number of frames -> pictures that the encoders see, which are K.
     """
 
     tokenizer: Tokenizer
     template: str
     num_visual_tokens: Callable[[int], int]
     max_length: int
+    num_pictures: Callable[[int], int] = lambda num_frames: num_frames
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Return the padded batch.
@@ -60,7 +62,7 @@ class Collator:
         input_ids_BS, text_mask_BS = pad([ids for ids, _ in texts], 0)
         labels_BS, _ = pad([labels for _, labels in texts], IGNORED)
         findings_ids_BS, findings_mask_BS = pad(findings, 0)
-        counts = [len(sample.group.frame_sizes) for sample in samples]
+        counts = [self.num_pictures(len(sample.group.frame_sizes)) for sample in samples]
         frame_mask_BK = np.arange(max(counts))[None] < np.array(counts)[:, None]
         has_features = samples[0].features is not None
         return Batch(

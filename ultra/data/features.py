@@ -6,7 +6,8 @@ describes, in their order. So nothing stale is ever read: other frames or other 
 another file, and new conversations about the same frames find the old one. Row i of the file
 belongs to row i of the part, and is a row group of its own, so that exams can be read one by one.
 
-Shapes: K frames of a group, T visual tokens of a frame, F channels of an encoder.
+Shapes: K frames of a group or the one picture composed of them, T visual tokens of a picture, F
+channels of an encoder.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ultra.data import parquet
 
 Features = Mapping[str, NDArray[Any]]
 Encode = Callable[[Sequence[bytes]], Features]
-"""Frames -> encoder name -> (N, T, F)."""
+"""Frames of a group -> encoder name -> (K, T, F)."""
 
 
 def features_uri(exams_part_uri: str, folder_uri: str) -> str:
@@ -59,7 +60,7 @@ def write_features(exams_part_uri: str, target_uri: str, encode: Encode) -> int:
 
 
 def read_features(uri: str, rows: Iterable[tuple[int, str]]) -> Iterator[dict[str, list[bytes]]]:
-    """Yield the features of exams as stored: encoder name -> the bytes of each frame.
+    """Yield the features of exams as stored: encoder name -> the bytes of each picture.
 
     Args:
         uri: a file of features.

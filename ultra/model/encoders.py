@@ -1,18 +1,20 @@
 """The frozen vision encoders together: frame groups in, features on one grid out.
 
-Shapes: N pictures, T tokens of the grid (row-major), F channels of an encoder.
+Shapes: N pictures, T tokens of the grid (row-major), F channels of an encoder. A picture is a
+frame, or all that the group strategy composes into one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ultra import storage
@@ -21,6 +23,7 @@ from ultra.model.clip import ClipEncoder
 from ultra.model.dinov2 import Dinov2Encoder
 from ultra.model.pictures import decode
 from ultra.model.sam import SamEncoder
+from ultra.model.strategies import find_strategy
 from ultra.model.vision_encoder import VisionEncoder, digest_weights
 
 ENCODERS: dict[str, type[VisionEncoder]] = {
@@ -35,15 +38,16 @@ class FrozenEncoders:
     """All encoders of a model; they never train and stay outside the training engine.
 
     Args:
-        config: names the encoders.
+        config: the encoders, and the strategy that may compose a group's frames.
         device: where they run, `cpu` or `cuda`.
 
     Raises:
-        ConfigError: for an unknown encoder, or weights that do not fit.
+        ConfigError: for an unknown encoder or strategy, or weights that do not fit.
     """
 
     def __init__(self, config: ModelConfig, device: str = "cpu") -> None:
         self.config = config.vision
+        self.compose = find_strategy(config).compose
         self.device = torch.device(device)
         self.encoders = {
             e.name: find_encoder(e)(e, self.config.grid)
@@ -64,7 +68,7 @@ class FrozenEncoders:
         parts: dict[str, list[Tensor]] = {name: [] for name in self.encoders}
         dtype = getattr(torch, self.config.dtype)
         autocast = torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
-        pictures = (decode(frame) for frames in groups for frame in frames)
+        pictures = self._pictures(groups)
         while images := list(islice(pictures, chunk)):
             for name, encoder in self.encoders.items():
                 pixels = torch.stack([encoder.preprocess(image) for image in images])
@@ -75,6 +79,13 @@ class FrozenEncoders:
     def __call__(self, frames: Sequence[bytes]) -> dict[str, NDArray[np.floating[Any]]]:
         """Return what `encode` does of one group, as numpy: the form the feature cache keeps."""
         return {name: tensor.cpu().numpy() for name, tensor in self.encode([frames]).items()}
+
+    def _pictures(self, groups: Sequence[Sequence[bytes]]) -> Iterator[Image.Image]:
+        for frames in groups:
+            if self.compose is None:
+                yield from map(decode, frames)
+            else:
+                yield self.compose(frames)
 
 
 def find_encoder(config: EncoderConfig) -> type[VisionEncoder]:
@@ -93,10 +104,11 @@ def find_encoder(config: EncoderConfig) -> type[VisionEncoder]:
 def cache_key(config: ModelConfig) -> str:
     """Return what features depend on beside the frames, as a name for a folder.
 
-    Encoders, their weights (which fix the input size), their own options, grid and type.
+    Encoders, their weights (which fix the input size), their own options, grid and type; and the
+    strategy, where it composes the frames.
 
     Raises:
-        ConfigError: for an unknown encoder.
+        ConfigError: for an unknown encoder or strategy.
     """
     parts = []
     for e in config.vision.encoders:
@@ -105,4 +117,6 @@ def cache_key(config: ModelConfig) -> str:
         parts.append(
             " ".join([e.name, digest, str(config.vision.grid), *options, config.vision.dtype])
         )
+    if find_strategy(config).compose:
+        parts.append(config.selection.strategy)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -1,6 +1,7 @@
 """Batches as the model's inputs, from cached features or from pixels.
 
-Shapes: B samples, K frames of a group (padded), N frames of a batch, T visual tokens, F channels.
+Shapes: B samples, K frames of a group (padded) or the one picture composed of them, N of a batch,
+T visual tokens, F channels.
 """
 
 from __future__ import annotations

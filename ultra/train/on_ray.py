@@ -6,6 +6,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ultra.data.on_ray import stream_rows
 from ultra.model import checkpoint
 from ultra.model.checkpoint import Progress
 from ultra.model.encoders import FrozenEncoders, cache_key
+from ultra.model.strategies import num_visual_tokens
 from ultra.tracking import Tracker, open_run, resume_tracker
 from ultra.train.batches import to_inputs
 from ultra.train.loop import Inputs, Metrics, run_stage
@@ -66,7 +68,7 @@ def cache_uri(config: PipelineConfig) -> str:
     """Return the folder of the feature cache for the encoders of a configuration.
 
     Raises:
-        ConfigError: for an unknown encoder.
+        ConfigError: for an unknown encoder or strategy.
     """
     return storage.join(config.data.features_uri, cache_key(config.model))
 
@@ -136,8 +138,8 @@ def _inputs(run: StageRun, source: stream.Source, used: UsedExams) -> Iterator[I
     share = ray.train.collective.broadcast_from_rank_zero(shares)[context.get_world_rank()]
     language = model.language
     collate = Collator(
-        run.model.language.tokenizer, language.template, model.num_visual_tokens,
-        language.max_length,
+        run.model.language.tokenizer, language.template, partial(num_visual_tokens, model),
+        language.max_length, run.model.strategy.num_pictures,
     )  # fmt: skip
     encoders = None if source.features else FrozenEncoders(model, str(run.engine.device))
     # All rows of a step at once, so that its forward passes can have rows of like lengths.

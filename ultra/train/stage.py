@@ -121,7 +121,7 @@ def _build_teaching(
     config: PipelineConfig, model: LlavaUltra, start: Checkpoint | None
 ) -> Teaching:
     selection = config.model.selection
-    kind = selection.teacher if selection.strategy == "adaptive" else "none"
+    kind = selection.teacher if model.strategy.scored else "none"
     if selection.redundancy_weight == 0:
         kind = "none"
     teaching = Teaching(kind, selection.teacher_warmup_steps)
