@@ -117,6 +117,14 @@ def test_features_have_the_type_of_the_config(weights) -> None:
     assert not any(p.requires_grad for e in frozen.encoders.values() for p in e.parameters())
 
 
+def test_building_them_leaves_the_draws_of_training_alone(weights) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    FrozenEncoders(model_config(weights))
+    assert torch.equal(torch.rand(2), expected)
+
+
 def test_grey_and_palette_frames_are_read_as_rgb(weights) -> None:
     frozen = FrozenEncoders(model_config(weights))
     grey = Image.fromarray(np.arange(0, 240, 10, dtype=np.uint8).reshape(4, 6))

@@ -49,12 +49,13 @@ class FrozenEncoders:
         self.config = config.vision
         self.compose = find_strategy(config).compose
         self.device = torch.device(device)
+        # A module draws weights before those of its file replace them. Training from pixels builds
+        # its encoders between seeding a step and taking it, and must draw as it does from features.
+        with torch.random.fork_rng(devices=[]):
+            built = {e.name: find_encoder(e)(e, self.config.grid) for e in self.config.encoders}
         self.encoders = {
-            e.name: find_encoder(e)(e, self.config.grid)
-            .eval()
-            .requires_grad_(False)
-            .to(self.device)
-            for e in self.config.encoders
+            name: encoder.eval().requires_grad_(False).to(self.device)
+            for name, encoder in built.items()
         }
 
     @torch.inference_mode()
