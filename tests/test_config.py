@@ -78,6 +78,9 @@ def test_an_unknown_section_is_named() -> None:
         ("data.validation_fraction=1.5", "data.validation_fraction", "less than or equal to 1"),
         ("model.vision.encoders.0.name=dino", "model.vision.encoders.0.name", "'clip' or 'sam'"),
         ("train.stages=[]", "train.stages", "at least 1 item"),
+        ("evaluate.suites=[]", "evaluate.suites", "at least 1 item"),
+        ("evaluate.suites=[strict, bleu]", "evaluate.suites.1", "'strict' or 'llava_med'"),
+        ("evaluate.tokenizer=word", "evaluate.tokenizer", "'char', 'jieba', 'model' or"),
         ("model.language.weights=null", "model.language.weights", "valid string"),
     ],
 )
@@ -107,6 +110,10 @@ def test_a_wrong_value_is_named_with_what_is_allowed(override: str, path: str, d
         (
             ["model.vision.encoders.1.name=clip"],
             "model.vision: encoders must differ, got ['clip', 'clip']",
+        ),
+        (
+            ["evaluate.suites=[strict, strict]"],
+            "evaluate: suites must differ, got ['strict', 'strict']",
         ),
         (
             ["data.simulator.min_frames=9"],
