@@ -39,6 +39,7 @@ from ultra.evaluate.report import (
     show_results,
     spread_exams,
 )
+from ultra.evaluate.results import read_summary
 from ultra.evaluate.tables import Summary
 from ultra.tracking import read_history
 
@@ -113,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             jobs.run("prepare", real_overrides, "real-prepare")
             if parquet.read_parts(real_config.data.exams_uri):
                 jobs.run("predict", real_overrides, "real-predict")
-        summary, real = read_summary(config), read_real_exam(real_config)
+        summary = read_summary(config.evaluate.results_uri)
+        real = read_real_exam(real_config)
         page = draw_report(config, summary, real)
     except InputError as error:
         sys.exit(str(error))
@@ -275,16 +277,6 @@ def write_real_exam(folder_uri: str) -> str:
     return path.name
 
 
-def read_summary(config: PipelineConfig) -> Summary:
-    """Return what the job `evaluate` left."""
-
-    def read(name: str) -> Any:
-        return json.loads(storage.read_bytes(f"{config.evaluate.results_uri}/{name}.json"))
-
-    names = ("answers", "tasks", "sites", "selection")
-    return Summary(read("summary"), {name: read(name) for name in names})
-
-
 def read_real_exam(config: PipelineConfig) -> Exam | None:
     """Return the real exam with its answer; None where `prepare` refused it."""
     if not parquet.read_parts(config.data.exams_uri):
@@ -331,7 +323,7 @@ def draw_report(config: PipelineConfig, summary: Summary, real: Exam | None) -> 
 
 def print_results(summary: Summary, results: Mapping[str, Any]) -> None:
     """Print the short table."""
-    columns = [name for name in summary.tables["answers"][0] if "/" in name]
+    columns = [name for name in summary.tables["answers"][0] if name.startswith("strict/")]
     print("\n" + " " * 16 + "".join(f"{name:>24}" for name in columns))
     for row in summary.tables["answers"]:
         cells = (f"{row[c]:24.3f}" if row[c] is not None else f"{'-':>24}" for c in columns)

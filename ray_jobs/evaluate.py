@@ -2,18 +2,19 @@
 
     ray job submit --working-dir . -- python -m ray_jobs.evaluate --set root=$PWD/runs/tiny
 
-Scores, tables and pictures go to MLflow; scores and tables also to `evaluate.results_uri`.
+Scores, tables and pictures go to MLflow; scores and tables also to `evaluate.results_uri`. With
+`--set evaluate.reuse_predictions=true` the answers that are there are scored anew, without a model.
 """
 
 from ultra.cli import run_job
 from ultra.config import PipelineConfig
 from ultra.evaluate.on_ray import evaluate
+from ultra.evaluate.results import format_scores
 
 
 def main(config: PipelineConfig) -> None:
     """Run the job."""
-    for name, value in evaluate(config).metrics.items():
-        print(f"{name:40} {value:.4g}")
+    print(format_scores(evaluate(config).metrics))
 
 
 if __name__ == "__main__":

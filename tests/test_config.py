@@ -80,6 +80,9 @@ def test_an_unknown_section_is_named() -> None:
         ("model.selection.teacher_temperature=0", "model.selection.teacher_temperature", "got 0"),
         ("model.fusion.alpha=1.2", "model.fusion.alpha", "less than or equal to 1"),
         ("train.stages=[]", "train.stages", "at least 1 item"),
+        ("evaluate.suites=[]", "evaluate.suites", "at least 1 item"),
+        ("evaluate.suites=[strict, bleu]", "evaluate.suites.1", "'strict' or 'llava_med'"),
+        ("evaluate.tokenizer=word", "evaluate.tokenizer", "'char', 'jieba', 'model' or"),
         ("model.language.weights=null", "model.language.weights", "valid string"),
     ],
 )
@@ -113,6 +116,10 @@ def test_a_wrong_value_is_named_with_what_is_allowed(override: str, path: str, d
         (
             ["model.vision.encoders=[{name: clip, weights: c, width: 3}]"],
             "train.stages.0.trainable: alpha weighs two encoders, model.vision.encoders names one",
+        ),
+        (
+            ["evaluate.suites=[strict, strict]"],
+            "evaluate: suites must differ, got ['strict', 'strict']",
         ),
         (
             ["data.simulator.min_frames=9"],

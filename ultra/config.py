@@ -267,6 +267,9 @@ class TrainConfig(Section):
         return self.batch_size // (self.micro_batch_size * self.num_workers)
 
 
+Suite = Literal["strict", "llava_med"]
+
+
 class EvaluateConfig(Section):
     """Answering and scoring a split."""
 
@@ -280,7 +283,21 @@ class EvaluateConfig(Section):
     num_replicas: Positive = 1
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
-    tokenizer: Literal["char"] = "char"
+    reuse_predictions: bool = False
+    """Score the predictions that are there instead of answering; needs no model."""
+    suites: Annotated[tuple[Suite, ...], Field(min_length=1)] = ("strict", "llava_med")
+    """Sets of metric definitions; a metric's name begins with its suite's."""
+    tokenizer: Literal["char", "jieba", "model", "whitespace"] = "char"
+    """What a token is to scores, part of their names; `whitespace` is what LLaVA-Med's code does,
+    `model` the tokenizer of the checkpoint's language model."""
+    bootstrap_samples: Annotated[int, Field(ge=0)] = 1000
+    """Draws of exams behind the 95 % intervals; 0 for no intervals."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.suites)) != len(self.suites):
+            raise ValueError(f"suites must differ, got {list(self.suites)}")
+        return self
 
 
 class TrackingConfig(Section):

@@ -6,7 +6,15 @@ from itertools import pairwise
 
 import pytest
 
-from ultra.data.instructions import CUE, QUESTIONS, TASKS, Report, parse_report, write_conversations
+from ultra.data.instructions import (
+    CUE,
+    QUESTIONS,
+    TASKS,
+    Report,
+    parse_answer,
+    parse_report,
+    write_conversations,
+)
 from ultra.types import FrameGroup
 
 CYST = FrameGroup(
@@ -80,6 +88,51 @@ REPORTS = {
 def test_a_report_is_read_as_it_is_written(name):
     written, expected = REPORTS[name]
     assert parse_report(*written) == expected
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "expected"),
+    [
+        ("kind", "考虑囊肿。", Report(kind="囊肿")),
+        ("kind", "低回声结节", Report(kind="低回声结节")),
+        ("kind", "囊肿或结节", Report()),
+        ("kind", "未见囊肿", Report()),
+        ("side", "右叶", Report(side="右叶")),
+        ("side", "病变位于左侧。", Report(side="左侧")),
+        ("side", "左叶和右叶", Report()),
+        ("size", "12mm", Report(size_mm=12)),
+        ("size", "大小约1.2cm×0.9cm", Report(size_mm=12)),
+        ("size", "最大径约 8.5 毫米。", Report(size_mm=8.5)),
+        ("size", "很大", Report()),
+        ("echogenicity", "无回声", Report(echogenicity="无回声")),
+        ("echogenicity", "病变呈低回声。", Report(echogenicity="低回声")),
+        ("echogenicity", "高回声伴低回声", Report()),
+        ("margin", "清晰", Report(margin="边界清晰")),
+        ("margin", "边界欠清晰。", Report(margin="边界欠清")),
+        ("margin", "边缘模糊", Report(margin="边界不清")),
+        ("diagnosis", "肝右叶囊肿。", Report("囊肿", "右叶", normal=False)),
+        ("diagnosis", "肝脏未见异常。", Report(normal=True)),
+        ("findings", "左肾见囊肿，大小约6mm，边界清晰。",
+         Report("囊肿", "左侧", 6, None, "边界清晰", False)),
+        ("report", "所见：肝右叶见无回声区，直径8mm。提示：肝右叶囊肿。",
+         Report("囊肿", "右叶", 8, "无回声", None, False)),
+        ("report", "肝右叶囊肿，直径8mm", Report("囊肿", "右叶", 8, None, None, False)),
+        ("normal", "是", Report()),
+        ("site", "左肾", Report()),
+        ("kind", "", Report()),
+    ],
+)  # fmt: skip
+def test_an_answer_states_what_it_says_and_no_more(task, answer, expected):
+    assert parse_answer(task, answer) == expected
+
+
+def test_every_written_answer_is_read_back():
+    report = parse_report(CYST.site, CYST.findings, CYST.diagnosis)
+    fields = {"kind": "kind", "side": "side", "size": "size_mm", "echogenicity": "echogenicity",
+              "margin": "margin"}  # fmt: skip
+    answers = {task: rounds[-1][1] for task, rounds in by_task(CYST).items()}
+    for task, field in fields.items():
+        assert getattr(parse_answer(task, answers[task]), field) == getattr(report, field)
 
 
 def test_answers_are_short_and_as_the_report_says():

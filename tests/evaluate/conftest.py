@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ultra.data import parquet, schema
+from ultra.evaluate.predictions import Prediction
 from ultra.types import Conversation, FrameGroup, Split, Turn
 
 
@@ -19,6 +20,15 @@ def make_frame(grey: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def make_prediction(answer: str = "囊肿", truth: str | None = "囊肿", **more: object) -> Prediction:
+    values = {
+        "exam_id": "e", "patient_key": "p", "site": "肝脏", "task": "kind",
+        "question": "病变是什么？", "chosen": 0, "scores": (0.0,), "valid": None, "brightest": None,
+        "darkest": None, "token_ids": (1,), "finish_reason": "stop", "content_sha256": "0",
+    }  # fmt: skip
+    return Prediction(answer=answer, truth=truth, **{**values, **more})  # type: ignore[arg-type]
 
 
 def ask(stage: str, task: str, *texts: str) -> Conversation:

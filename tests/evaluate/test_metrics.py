@@ -1,4 +1,4 @@
-"""Scores against values worked by hand."""
+"""The suite `strict` against values worked by hand."""
 
 from __future__ import annotations
 
@@ -6,41 +6,25 @@ from math import exp
 
 import pytest
 
+from tests.evaluate.conftest import make_prediction
 from ultra.evaluate import metrics
-from ultra.evaluate.metrics import tokenize_char
-from ultra.evaluate.predictions import Prediction
+from ultra.evaluate.tokenizers import tokenize_char
+
+Pairs = list[tuple[str, str]]
+
+STRICT = metrics.strict_metrics("char", tokenize_char)
 
 
-def predict(
-    exam_id: str, chosen: int, valid: tuple[bool, ...] | None, **more: object
-) -> Prediction:
-    values = {
-        "patient_key": "p", "site": "肝脏", "task": "kind", "question": "病变是什么？",
-        "answer": "囊肿", "truth": "囊肿", "scores": (0.0,) * len(valid or (1,)),
-        "brightest": None, "darkest": None, "token_ids": (1,), "finish_reason": "stop",
-        "content_sha256": exam_id,
-    }  # fmt: skip
-    return Prediction(exam_id=exam_id, chosen=chosen, valid=valid, **{**values, **more})
-
-
-@pytest.mark.parametrize(
-    ("text", "tokens"),
-    [
-        ("右肾囊肿，大小12mm×1.5 CM。", [*"右肾囊肿大小", "12", "mm", "×", "1.5", "cm"]),
-        ("ＣＤＦＩ：Ⅱ级", ["cdfi", "ii", "级"]),
-        ("１２毫米", ["12", "毫", "米"]),
-        ("A-B_c", ["a", "b", "c"]),
-        (" 。，\n", []),
-    ],
-)
-def test_tokens(text: str, tokens: list[str]) -> None:
-    assert tokenize_char(text) == tokens
+def score(name: str, pairs: Pairs) -> float | None:
+    chosen = {name: STRICT[name]}
+    counts = metrics.count_all(chosen, [make_prediction(*pair) for pair in pairs])
+    return metrics.score_all(chosen, counts, range(len(pairs)))[name]
 
 
 def test_exact_match_ignores_form_and_nothing_else() -> None:
     same = [("右肾。", "右肾"), ("１２ｍｍ", "12 mm"), ("Cyst", "cyst")]
-    assert metrics.exact_match(same) == 1
-    assert metrics.exact_match([*same, ("右肾", "左肾")]) == 0.75
+    assert score("strict/em", same) == 1
+    assert score("strict/em", [*same, ("右肾", "左肾")]) == 0.75
 
 
 @pytest.mark.parametrize(
@@ -55,12 +39,11 @@ def test_exact_match_ignores_form_and_nothing_else() -> None:
     ],
 )
 def test_f1(answer: str, truth: str, expected: float) -> None:
-    assert metrics.f1([(answer, truth)], tokenize_char) == pytest.approx(expected)
+    assert score("strict/f1-char", [(answer, truth)]) == pytest.approx(expected)
 
 
 def test_f1_is_the_mean_over_answers() -> None:
-    pairs = [("肾", "肾"), ("肝", "肾")]
-    assert metrics.f1(pairs, tokenize_char) == 0.5
+    assert score("strict/f1-char", [("肾", "肾"), ("肝", "肾")]) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -79,8 +62,8 @@ def test_f1_is_the_mean_over_answers() -> None:
         ([("", "囊肿")], 0.0),
     ],
 )
-def test_bleu(pairs: list[tuple[str, str]], expected: float) -> None:
-    assert metrics.bleu(pairs, tokenize_char) == pytest.approx(expected)
+def test_bleu(pairs: Pairs, expected: float) -> None:
+    assert score("strict/bleu4-char", pairs) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -107,34 +90,25 @@ def test_closed_accuracy_counts_yes_and_no_questions_only() -> None:
         ("囊肿", "囊肿"),  # an open question
         ("是", "未见异常"),  # an open question that begins like a no
     ]
-    assert metrics.closed_accuracy(pairs) == 2 / 4
-    assert metrics.closed_accuracy(pairs[-2:]) is None
+    assert score("strict/closed_accuracy", pairs) == 2 / 4
+    assert score("strict/closed_accuracy", pairs[-2:]) is None
+
+
+def test_closed_accuracy_knows_opposites_in_both_languages() -> None:
+    pairs = [("是的", "yes"), ("No.", "否"), ("不是", "是"), ("yes", "不包含"), ("abnormal", "no")]
+    assert [score("strict/closed_accuracy", [pair]) for pair in pairs] == [1, 1, 0, 0, 0]
 
 
 def test_names_carry_suite_and_tokenizer() -> None:
-    scores = metrics.SUITES["strict"]([("右肾", "右肾上极")], "char")
-    assert scores == {
-        "strict/em": 0.0,
-        "strict/f1-char": pytest.approx(2 / 3),
-        "strict/bleu4-char": pytest.approx(exp(-1)),
-        "strict/closed_accuracy": None,
-    }
+    assert [*STRICT] == [
+        "strict/em", "strict/f1-char", "strict/bleu4-char", "strict/closed_accuracy",
+    ]  # fmt: skip
+    assert "strict/f1-jieba" in metrics.strict_metrics("jieba", tokenize_char)
 
 
-def test_selection_counts_each_exam_once_and_only_where_there_is_a_choice() -> None:
-    mixed, other = (False, True, False, False), (True, False)
-    exams = metrics.gradable_exams(
-        [
-            predict("a", 1, mixed),
-            predict("a", 1, mixed, task="side"),
-            predict("b", 1, other),
-            predict("all", 0, (True, True)),
-            predict("none", 0, (False, False)),
-            predict("unknown", 0, None),
-        ]
-    )
-    assert [p.exam_id for p in exams] == ["a", "b"]
-    assert metrics.selection_accuracy(exams) == 0.5
-    assert metrics.selection_chance(exams) == (1 / 4 + 1 / 2) / 2
-    assert metrics.selection_accuracy([]) is None
-    assert metrics.selection_chance([]) is None
+def test_any_choice_of_answers_is_scored_from_the_same_counts() -> None:
+    given = [make_prediction("肾", "肾"), make_prediction("肝", "肾"), make_prediction("是", "否")]
+    counts = metrics.count_all(STRICT, given)
+    assert metrics.score_all(STRICT, counts, [0, 1])["strict/em"] == 1 / 2
+    assert metrics.score_all(STRICT, counts, [0, 1])["strict/closed_accuracy"] is None
+    assert metrics.score_all(STRICT, counts, [1, 2])["strict/closed_accuracy"] == 0

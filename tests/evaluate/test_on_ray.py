@@ -111,6 +111,14 @@ def test_evaluate_scores_and_tracks(
     strips = {a.path for a in client.list_artifacts(run.info.run_id, "frames")}
     assert strips == {"frames/a.png", "frames/b.png", "frames/c.png"}
 
+    # The answers that are there are scored again without the checkpoint.
+    reuse = {"checkpoint_uri": "nowhere", "reuse_predictions": True, "suites": ("strict",)}
+    again = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=reuse)})
+    rescored = evaluate(again)
+    assert rescored.metrics["strict/em"] == summary.metrics["strict/em"]
+    assert rescored.tables["selection"] == summary.tables["selection"]
+    assert not [name for name in rescored.metrics if "llava_med" in name]
+
 
 def test_what_is_missing_is_named(random_config, random_checkpoint, write_exams, tmp_path) -> None:
     config = configure(random_config, random_checkpoint, str(tmp_path))

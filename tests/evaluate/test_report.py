@@ -14,6 +14,7 @@ from ultra.evaluate.predictions import Prediction
 from ultra.evaluate.report import (
     build_report,
     pick_exams,
+    show_by_suite,
     show_exam,
     show_results,
     show_table,
@@ -79,7 +80,9 @@ def test_the_whole_page() -> None:
     assert "A & B" in headings
     assert "For <tests> only." in headings
     assert "medical device" not in headings
-    for heading in ("Answers", "Frame selection", "Answers by task", "Training", "Exams"):
+    for heading in (
+        "Answers", "Facts", "Frame selection", "Intervals", "Answers by task", "Training", "Exams",
+    ):  # fmt: skip
         assert heading in page.words
     sources = [attributes["src"] or "" for attributes in page.all("img")]
     assert len(sources) == 1 + 3
@@ -118,6 +121,16 @@ def test_tables() -> None:
         "0.500",
     ]
     assert show_table([]) == "<p>Nothing to show.</p>"
+
+
+def test_a_table_for_each_suite() -> None:
+    rows = [{"row": "model", "strict/em": 0.5, "llava_med/em-char": 0.25, "strict/f1-char": 0.75}]
+    page = Page(show_by_suite(rows))
+    assert len(page.all("table")) == 2
+    words = [word for word in page.words if word.strip()]
+    assert words[:6] == ["row", "strict/em", "strict/f1-char", "model", "0.500", "0.750"]
+    assert words[6:] == ["row", "llava_med/em-char", "model", "0.250"]
+    assert show_by_suite([]) == "<p>Nothing to show.</p>"
 
 
 def test_shown_exams_are_spread_over_all() -> None:

@@ -45,6 +45,7 @@ TASKS = ("kind", "side", "size", "echogenicity", "margin", "site", "diagnosis", 
 
 REPORT = "所见：{}提示：{}"
 
+_REPORT = re.compile(REPORT.format("(.*)", "(.*)"), re.DOTALL)
 _CLAUSE = re.compile(r"[^，,。；;\n]+")
 _SENTENCE = re.compile(r"[^。；;\n]+")
 _DENIED = re.compile(
@@ -57,6 +58,7 @@ _KIND = re.compile(
     r"|(?:[低等高强]回声|混合回声|囊实性|囊性|实性)?(?:结节|肿块|包块|占位)"
 )
 _ECHO = re.compile(f"({_ECHOES})(?={_LUMPS})")
+_ANY_ECHO = re.compile(_ECHOES)
 _MARGIN = re.compile(r"边[界缘](尚|较|欠|不)?(清|模糊)")
 _SIDE = re.compile(r"([左右双])([内外前后]?叶|侧|肾|乳|肝|颈|眼|附件|卵巢|睾丸|腮腺|腋)")
 _NUMBER = r"\d+(?:\.\d+)?"
@@ -107,6 +109,34 @@ def parse_report(site: str, findings: str, diagnosis: str) -> Report:
         margin=_only(_only(_margin(*f) for f in _MARGIN.findall(text)) for text in lesions),
         normal=False,
     )
+
+
+def parse_answer(task: str, answer: str) -> Report:
+    """Return what an answer to a question of `task` states, read by the rules of `parse_report`.
+
+    A short answer gives the fact that was asked for, unless it denies it or names several values;
+    diagnosis, findings and report give all they state. What the question told, the site above all,
+    does not count as stated. `normal`, answered by yes or no, and `site` give nothing.
+    """
+    stated = "，".join(_stated(answer))
+    if task == "kind":
+        return Report(kind=_only(_KIND.findall(stated)))
+    if task == "side":
+        return Report(side=_side([stated]))
+    if task == "size":  # the question says what the number measures, the answer need not
+        return Report(size_mm=_only(_millimetres(*f) for f in _SIZE.findall(f"大小{stated}")))
+    if task == "echogenicity":
+        return Report(echogenicity=_only(_ANY_ECHO.findall(stated)))
+    if task == "margin":
+        return Report(margin=_only(_margin(*f) for f in _MARGIN.findall(f"边界{stated}")))
+    if task == "diagnosis":
+        return parse_report("", "", answer)
+    if task == "findings":
+        return parse_report("", answer, answer)
+    if task == "report":
+        parts = _REPORT.fullmatch(answer.strip())
+        return parse_report("", *parts.groups()) if parts else parse_report("", answer, answer)
+    return Report()
 
 
 def write_conversations(group: FrameGroup, seed: int) -> tuple[Conversation, ...]:

@@ -1,24 +1,25 @@
-"""Scores of answers and of chosen frames.
+"""Scores as sums over predictions, and the suite `strict`.
 
-A suite is a set of definitions. Its name is part of a metric's name, and so is the tokenizer's
-where tokens count: `strict/f1-char`. Names hold no brackets because MLflow allows none.
+A suite is a set of definitions. Its name is part of a metric's name, and so are the tokenizer's,
+where tokens count, and the smoothing's: `strict/f1-char`, `llava_med/bleu4-char-none`. Names hold
+no brackets because MLflow allows none. Scores lie between 0 and 1.
+
+Shapes: N predictions, D sums of a metric.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ultra.evaluate.predictions import Prediction
-
-Tokenize = Callable[[str], list[str]]
-Pairs = Sequence[tuple[str, str]]
-"""(answer, truth) pairs."""
-
-_TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_\u2e80-\U0010ffff]+|[^\s_]")
+from ultra.evaluate.tokenizers import Tokenize, tokenize_char
 
 YES = frozenset(
     {"是", "是的", "有", "存在", "包含", "包括", "可以", "可见", "能", "对", "正确", "yes", "true"}
@@ -28,71 +29,115 @@ NO = frozenset(
     | {"不可见", "不能", "不对", "错", "错误", "no", "not", "false"}
 )
 
+Counts = Mapping[str, NDArray[np.float64]]
+"""Metric -> what each prediction adds to its sums, (N, D)."""
 
-def tokenize_char(text: str) -> list[str]:
-    """Return each Chinese character, each run of Latin letters and each number as a token.
 
-    The text is folded by NFKC and lowered first; punctuation is dropped, a decimal point kept.
-    `12mm` and `12 mm` give the same tokens.
+def ratio(sums: Sequence[float]) -> float | None:
+    """Return the first sum over the second; None where there was nothing to count."""
+    return float(sums[0] / sums[1]) if sums[1] else None
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A score that follows from sums over predictions, a mean being the simplest.
+
+    Any choice of predictions is scored by adding what was counted once: a task's, a site's, a
+    bootstrap sample's.
+
+    Attributes:
+        count: prediction -> what it adds to the sums; its truth is known.
+        score: the sums -> the score, None where it does not apply.
     """
-    folded = unicodedata.normalize("NFKC", text).lower()
-    tokens: list[str] = _TOKEN.findall(folded)
-    return [t for t in tokens if unicodedata.category(t[0])[0] not in "PZC"]
+
+    count: Callable[[Prediction], Sequence[float]]
+    score: Callable[[Sequence[float]], float | None] = ratio
 
 
-TOKENIZERS: Mapping[str, Tokenize] = {"char": tokenize_char}
+def count_all(metrics: Mapping[str, Metric], predictions: Sequence[Prediction]) -> Counts:
+    """Return what each prediction adds to each metric."""
+    return {
+        name: np.array([metric.count(p) for p in predictions], dtype=np.float64)
+        for name, metric in metrics.items()
+    }
 
 
-def exact_match(pairs: Pairs) -> float:
-    """Return the share of answers that equal the truth after normalisation.
+def score_all(
+    metrics: Mapping[str, Metric], counts: Counts, where: Sequence[int]
+) -> dict[str, float | None]:
+    """Return the scores over the predictions at the indices `where`, one at least."""
+    return {
+        name: metric.score(counts[name][list(where)].sum(axis=0).tolist())
+        for name, metric in metrics.items()
+    }
 
-    Normalisation is `tokenize_char`, whatever tokenizer the other metrics use: case, width,
-    spaces and punctuation do not count, everything else does.
+
+def strict_metrics(tokenizer: str, tokenize: Tokenize) -> dict[str, Metric]:
+    """Return the suite `strict`.
+
+    `em` is the share of answers that equal the truth after normalisation by `tokenize_char`,
+    whatever tokenizer the others use: case, width, spaces and punctuation do not count, everything
+    else does. `f1` is the mean over answers of the F1 between bags of tokens; counts are clipped,
+    so a token said three times matches at most as often as the truth has it. `bleu4` is corpus
+    BLEU (Papineni et al., 2002), see `score_bleu`. `closed_accuracy` is the share of right answers
+    to questions whose truth is a plain yes or no: words of one meaning count as equal and opposite
+    ones never do (不包含 for 包含 is wrong although most of its characters match), and an answer
+    that says neither is wrong.
+
+    Args:
+        tokenizer: its name.
+        tokenize: the tokenizer.
     """
-    return _mean(tokenize_char(answer) == tokenize_char(truth) for answer, truth in pairs)
+
+    def em(p: Prediction) -> Sequence[float]:
+        return tokenize_char(p.answer) == tokenize_char(p.truth or ""), 1
+
+    def f1(p: Prediction) -> Sequence[float]:
+        return clipped_f1(tokenize(p.answer), tokenize(p.truth or "")), 1
+
+    def bleu(p: Prediction) -> Sequence[float]:
+        return count_bleu(tokenize(p.answer), tokenize(p.truth or ""))
+
+    return {
+        "strict/em": Metric(em),
+        f"strict/f1-{tokenizer}": Metric(f1),
+        f"strict/bleu4-{tokenizer}": Metric(bleu, score_bleu),
+        "strict/closed_accuracy": Metric(_closed),
+    }
 
 
-def f1(pairs: Pairs, tokenize: Tokenize) -> float:
-    """Return the mean over answers of the F1 between bags of tokens.
-
-    Counts are clipped: a token said three times matches at most as often as the truth has it.
-    """
-    return _mean(_f1(tokenize(answer), tokenize(truth)) for answer, truth in pairs)
-
-
-def _f1(answer: list[str], truth: list[str]) -> float:
+def clipped_f1(answer: Sequence[str], truth: Sequence[str]) -> float:
+    """Return the F1 between two bags of tokens; 1 where both are empty."""
     if not answer or not truth:
-        return float(answer == truth)
+        return float(len(answer) == len(truth))
     shared = (Counter(answer) & Counter(truth)).total()
     return 2 * shared / (len(answer) + len(truth))
 
 
-def bleu(pairs: Pairs, tokenize: Tokenize) -> float:
-    """Return corpus BLEU-4, without smoothing (Papineni et al., 2002).
+def ngrams(tokens: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
+    """Return the runs of `order` tokens, counted."""
+    return Counter(tuple(tokens[i : i + order]) for i in range(len(tokens) - order + 1))
 
-    Clipped n-gram precisions are taken over the whole corpus, their geometric mean is multiplied by
-    the brevity penalty. Orders the answers are too short for are left out (effective order), so a
-    perfect answer of two characters scores 1; an order that has n-grams and no match gives 0.
+
+def count_bleu(answer: Sequence[str], truth: Sequence[str]) -> list[float]:
+    """Return clipped matches and n-grams of orders 1 to 4, then both lengths in tokens."""
+    pairs = [(ngrams(answer, order), ngrams(truth, order)) for order in range(1, 5)]
+    matches = [(said & meant).total() for said, meant in pairs]
+    return [*matches, *(said.total() for said, _ in pairs), len(answer), len(truth)]
+
+
+def score_bleu(sums: Sequence[float]) -> float:
+    """Return corpus BLEU-4 without smoothing from sums of `count_bleu`.
+
+    The geometric mean of the corpus's n-gram precisions times the brevity penalty. Orders the
+    answers are too short for are left out (effective order), so a perfect answer of two characters
+    scores 1; an order that has n-grams and no match gives 0.
     """
-    matches, totals = [0] * 4, [0] * 4
-    answer_length = truth_length = 0
-    for answer, truth in pairs:
-        said, meant = tokenize(answer), tokenize(truth)
-        answer_length += len(said)
-        truth_length += len(meant)
-        for order in range(4):
-            said_grams, meant_grams = _ngrams(said, order + 1), _ngrams(meant, order + 1)
-            matches[order] += (said_grams & meant_grams).total()
-            totals[order] += said_grams.total()
-    used = [(m, t) for m, t in zip(matches, totals, strict=True) if t]
+    used = [(m, t) for m, t in zip(sums[:4], sums[4:8], strict=True) if t]
     if not used or not all(m for m, _ in used):
         return 0.0
     precision = math.exp(sum(math.log(m / t) for m, t in used) / len(used))
-    return precision * math.exp(min(0.0, 1 - truth_length / answer_length))
-
-
-def _ngrams(tokens: list[str], order: int) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(tokens[i : i + order]) for i in range(len(tokens) - order + 1))
+    return precision * math.exp(min(0.0, 1 - sums[9] / sums[8]))
 
 
 def polarity(text: str, *, whole: bool = False) -> bool | None:
@@ -123,52 +168,6 @@ def _begins(clause: str, word: str) -> bool:
     return rest != clause and not (word.isascii() and rest[:1].isascii())
 
 
-def closed_accuracy(pairs: Pairs) -> float | None:
-    """Return the share of right answers to questions whose truth is a plain yes or no.
-
-    Words of one meaning count as equal, and opposite ones never do: 不包含 for 包含 is wrong
-    although most of its characters match. An answer that says neither is wrong. None where no
-    truth is a yes or a no.
-    """
-    closed = [(a, polarity(t, whole=True)) for a, t in pairs]
-    known = [(a, truth) for a, truth in closed if truth is not None]
-    return _mean(polarity(a) is truth for a, truth in known) if known else None
-
-
-def score_strict(pairs: Pairs, tokenizer: str) -> dict[str, float | None]:
-    """Return the suite `strict`; a metric that does not apply is None."""
-    tokenize = TOKENIZERS[tokenizer]
-    return {
-        "strict/em": exact_match(pairs),
-        f"strict/f1-{tokenizer}": f1(pairs, tokenize),
-        f"strict/bleu4-{tokenizer}": bleu(pairs, tokenize),
-        "strict/closed_accuracy": closed_accuracy(pairs),
-    }
-
-
-SUITES: Mapping[str, Callable[[Pairs, str], dict[str, float | None]]] = {"strict": score_strict}
-
-
-def gradable_exams(predictions: Iterable[Prediction]) -> list[Prediction]:
-    """Return one prediction of each exam in which some frames are valid and some are not.
-
-    Where all frames are valid, or none is, there is nothing to choose.
-    """
-    exams = {p.exam_id: p for p in predictions}
-    return [p for p in exams.values() if p.valid is not None and any(p.valid) and not all(p.valid)]
-
-
-def selection_accuracy(exams: Sequence[Prediction]) -> float | None:
-    """Return the share of gradable exams whose chosen frame is valid; None for no exam."""
-    return _mean(p.valid[p.chosen] for p in exams if p.valid is not None) if exams else None
-
-
-def selection_chance(exams: Sequence[Prediction]) -> float | None:
-    """Return what a random choice reaches: the mean of valid / k; None for no exam."""
-    shares = (sum(p.valid) / len(p.valid) for p in exams if p.valid is not None)
-    return _mean(shares) if exams else None
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = [float(value) for value in values]
-    return sum(numbers) / len(numbers) if numbers else 0.0
+def _closed(p: Prediction) -> Sequence[float]:
+    truth = polarity(p.truth or "", whole=True)
+    return (0, 0) if truth is None else (polarity(p.answer) is truth, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
@@ -14,17 +13,17 @@ from ray.data.expressions import col
 from ultra import storage
 from ultra.config import ConfigError, PipelineConfig
 from ultra.data import parquet
-from ultra.evaluate.baselines import count_answers
+from ultra.evaluate.figures import draw_curves, draw_strip
 from ultra.evaluate.predictions import (
     PREDICTIONS,
     Prediction,
-    count_training_answers,
     read_frames,
     read_predictions,
 )
 from ultra.evaluate.predictor import Predictor
 from ultra.evaluate.report import build_report, pick_exams, show_results, spread_exams
-from ultra.evaluate.tables import Summary, draw_curves, draw_strip, summarise
+from ultra.evaluate.results import write_tables
+from ultra.evaluate.tables import Summary
 from ultra.model import checkpoint
 from ultra.tracking import Tracker, open_run, read_history
 
@@ -72,20 +71,21 @@ def predict(config: PipelineConfig) -> str:
 def evaluate(config: PipelineConfig) -> Summary:
     """Answer a split, score the answers and return the scores, also kept beside the tables.
 
+    With `evaluate.reuse_predictions` the answers are those that are there already.
+
     Raises:
         CheckpointError: when there is no checkpoint to answer with.
-        StorageError: when there is no complete table of exams.
+        StorageError: when there is no complete table of exams, or of predictions to reuse.
         ConfigError: when the split holds no exam.
     """
     with open_run(config, "evaluate") as tracker:
-        predictions = read_predictions(predict(config))
-        blind = count_answers(count_training_answers(config.data.exams_uri))
-        summary = summarise(predictions, blind, config.evaluate.tokenizer)
-        _keep(summary, config.evaluate.results_uri)
+        settings = config.evaluate
+        uri = settings.predictions_uri if settings.reuse_predictions else predict(config)
+        summary = write_tables(settings, config.data.exams_uri)
         tracker.metrics(summary.metrics)
         for name, rows in summary.tables.items():
             tracker.table(name, rows)
-        _show(config, tracker, predictions, summary)
+        _show(config, tracker, read_predictions(uri), summary)
     return summary
 
 
@@ -110,12 +110,6 @@ def _read_exams(uri: str, exam_ids: Sequence[str], batch_size: int) -> ray.data.
     chosen = exams.filter(expr=col("exam_id").is_in(list(exam_ids)))
     # Row groups hold many batches; without this a small split would keep one replica busy.
     return chosen.repartition(target_num_rows_per_block=batch_size)
-
-
-def _keep(summary: Summary, uri: str) -> None:
-    for name, content in {"summary": summary.metrics, **summary.tables}.items():
-        text = json.dumps(content, ensure_ascii=False, indent=1)
-        storage.write_bytes(storage.join(uri, f"{name}.json"), text.encode())
 
 
 def _show(

@@ -12,8 +12,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ultra.evaluate.figures import draw_curves
 from ultra.evaluate.predictions import Prediction
-from ultra.evaluate.tables import Summary, draw_curves
+from ultra.evaluate.tables import Summary
 
 NOTICE = "Nothing here is a medical device, or may be used for diagnosis or treatment."
 
@@ -25,7 +26,18 @@ _ROWS = (
 _SELECTION = (
     "Over the exams in which some frames show what the report says and some do not. "
     "<code>chance</code> is a random choice, <code>brightest</code> and <code>darkest</code> the "
-    "frame with the most striking blob, chosen without a model."
+    "frame with the most striking blob, chosen without a model; the other columns are about the "
+    "ranking by scores, and <code>chance_</code> is what a random ranking reaches."
+)
+_FACTS = (
+    "What the answers state, read by rule: lesion, side, size, echo, margin, and whether all is "
+    "normal. <code>precision</code> is the share of stated facts that are true, "
+    "<code>recall</code> the share of true facts that are stated. <code>lesion</code> leaves out "
+    "exams without one."
+)
+_INTERVALS = (
+    "95 % intervals of the model's scores, by the bootstrap over exams: where the score may lie on "
+    "other exams like these, with this same model."
 )
 _STRIPS = "Orange outside: the frame the model chose. Green inside: shows what the report says."
 
@@ -107,16 +119,38 @@ def show_results(
         exams: those shown as pictures.
         curves: metric -> (step, value) of the training run; empty where it is not known.
     """
+    tables = summary.tables
     sections = [
-        ("Answers", show_table(summary.tables["answers"]) + f"<p>{_ROWS}</p>"),
-        ("Frame selection", show_table(summary.tables["selection"]) + f"<p>{_SELECTION}</p>"),
-        ("Answers by task", show_table(summary.tables["tasks"])),
-        ("Answers by site", show_table(summary.tables["sites"])),
+        ("Answers", show_by_suite(tables["answers"]) + f"<p>{_ROWS}</p>"),
+        ("Facts", show_table(tables["findings"]) + f"<p>{_FACTS}</p>"),
+        ("Frame selection", show_table(tables["selection"]) + f"<p>{_SELECTION}</p>"),
+        ("Intervals", show_table(tables["intervals"]) + f"<p>{_INTERVALS}</p>"),
+        ("Answers about exams with a lesion", show_by_suite(tables["lesions"])),
+        ("Answers by task", show_by_suite(tables["tasks"])),
+        ("Answers by site", show_by_suite(tables["sites"])),
     ]
     if curves:
         sections.append(("Training", show_figure(draw_curves(curves), "training curves")))
     shown = "\n".join(show_exam(exam) for exam in exams)
     return [*sections, ("Exams", f"<p>{_STRIPS}</p>\n{shown}")]
+
+
+def show_by_suite(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as one HTML table for each suite, with the columns of no suite in all of them."""
+    suites = dict.fromkeys(
+        name.partition("/")[0] for name in (rows[0] if rows else {}) if "/" in name
+    )
+    if not suites:
+        return show_table(rows)
+    return "\n".join(
+        show_table(
+            [
+                {n: v for n, v in row.items() if "/" not in n or n.startswith(f"{s}/")}
+                for row in rows
+            ]
+        )
+        for s in suites
+    )
 
 
 def show_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,30 +1,26 @@
-"""Predictions as numbers, tables and pictures."""
+"""Predictions as numbers and tables."""
 
 from __future__ import annotations
 
-import io
+import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-from PIL import Image
-
 from ultra.evaluate.baselines import BlindAnswers
-from ultra.evaluate.metrics import (
-    SUITES,
-    Pairs,
-    gradable_exams,
-    selection_accuracy,
-    selection_chance,
-)
+from ultra.evaluate.bootstrap import NUM_SAMPLES, bootstrap_intervals
+from ultra.evaluate.findings import ALL, FACTS, fact_metrics, lesion_exams
+from ultra.evaluate.metrics import Counts, Metric, count_all, score_all
 from ultra.evaluate.predictions import Prediction
+from ultra.evaluate.selection import baseline_metrics, gradable_exams, selection_metrics
+from ultra.evaluate.suites import SUITES, answer_metrics
 
 Row = dict[str, Any]
+RowCounts = Mapping[str, Counts]
+"""Row (`model`, `constant`, `question_only`) -> what each scored prediction adds."""
 
-CHOSEN_COLOUR, VALID_COLOUR = "#d95f02", "#1b9e77"
+TABLES = ("answers", "lesions", "findings", "selection", "intervals", "tasks", "sites")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +28,11 @@ class Summary:
     """What an evaluation found.
 
     Attributes:
-        metrics: name -> number; the model's by bare name (`strict/em`), others behind their row's
-            name (`constant/strict/em`, `selection/accuracy`).
-        tables: name -> rows; every row of a table has the same columns.
+        metrics: name -> number; the model's by bare name (`strict/em`, `selection/accuracy`), those
+            over exams with a lesion behind `lesion/`, others behind their row's name
+            (`constant/strict/em`, `constant/lesion/strict/em`), the ends of 95 % intervals behind
+            `low95/` and `high95/`.
+        tables: name -> rows, for each of TABLES; every row of a table has the same columns.
     """
 
     metrics: dict[str, float]
@@ -44,158 +42,147 @@ class Summary:
 def summarise(
     predictions: Sequence[Prediction],
     blind: BlindAnswers,
-    tokenizer: str = "char",
-    suite: str = "strict",
+    metrics: Mapping[str, Metric] | None = None,
+    bootstrap_samples: int = NUM_SAMPLES,
 ) -> Summary:
     """Return scores of the model beside those of answers given without looking.
 
     Args:
         predictions: the model's; those without a truth are not scored.
         blind: the training split's most frequent answers.
-        tokenizer: a name in `metrics.TOKENIZERS`.
-        suite: a name in `metrics.SUITES`.
+        metrics: of answers; None for every suite by characters.
+        bootstrap_samples: behind the intervals; 0 for none.
     """
+    metrics = answer_metrics(SUITES, "char") if metrics is None else metrics
     scored = [p for p in predictions if p.truth is not None]
-
-    def score(pairs: Pairs) -> dict[str, float | None]:
-        return SUITES[suite](pairs, tokenizer)
-
+    exams = gradable_exams(predictions)
+    answers = _answer_rows(scored, blind)
+    counts = {row: count_all(metrics, given) for row, given in answers.items()}
+    lesions = lesion_exams(scored)
+    everywhere = range(len(scored))
+    with_lesion = [i for i in everywhere if scored[i].exam_id in lesions]
     tables = {
-        "answers": _score_rows(scored, blind, score),
-        "tasks": _score_by("task", scored, blind, score),
-        "sites": _score_by("site", scored, blind, score),
-        "selection": _selection_rows(predictions),
+        "answers": _score_rows(metrics, counts, everywhere),
+        "lesions": _score_rows(metrics, counts, with_lesion),
+        "findings": _fact_rows(answers, {"all": everywhere, "lesion": with_lesion}),
+        "selection": _selection_rows(exams),
+        "intervals": [
+            *_interval_rows(metrics, scored, bootstrap_samples),
+            *_interval_rows(selection_metrics(), exams, bootstrap_samples),
+        ],
+        "tasks": _score_by("task", metrics, scored, counts),
+        "sites": _score_by("site", metrics, scored, counts),
     }
-    metrics: dict[str, float] = {
-        "num_exams": len({p.exam_id for p in predictions}),
-        "num_questions": len(predictions),
+    return Summary(_flatten(predictions, tables), tables)
+
+
+def _answer_rows(
+    scored: Sequence[Prediction], blind: BlindAnswers
+) -> dict[str, Sequence[Prediction]]:
+    """Return the model's predictions, then the same ones with answers given without looking."""
+    return {
+        "model": scored,
+        "constant": [replace(p, answer=blind.constant(p.task)) for p in scored],
+        "question_only": [
+            replace(p, answer=blind.question_only(p.task, p.question)) for p in scored
+        ],
     }
-    for row in tables["answers"]:
-        prefix = "" if row["row"] == "model" else f"{row['row']}/"
-        metrics |= {f"{prefix}{k}": v for k, v in row.items() if "/" in k and v is not None}
-    for name, value in (tables["selection"][0] if tables["selection"] else {}).items():
-        if name != "site":
-            metrics[f"selection/{name}"] = value
-    return Summary(metrics, tables)
 
 
 def _score_rows(
-    scored: Sequence[Prediction],
-    blind: BlindAnswers,
-    score: Callable[[Pairs], dict[str, float | None]],
+    metrics: Mapping[str, Metric], counts: RowCounts, where: Sequence[int]
 ) -> list[Row]:
-    if not scored:
+    if not where:
         return []
-    answers = {
-        "model": [p.answer for p in scored],
-        "constant": [blind.constant(p.task) for p in scored],
-        "question_only": [blind.question_only(p.task, p.question) for p in scored],
-    }
-    truths = [p.truth or "" for p in scored]
     return [
-        {"row": name, "questions": len(scored), **score(list(zip(said, truths, strict=True)))}
-        for name, said in answers.items()
+        {"row": row, "questions": len(where), **score_all(metrics, counted, where)}
+        for row, counted in counts.items()
     ]
 
 
 def _score_by(
-    column: str,
-    scored: Sequence[Prediction],
-    blind: BlindAnswers,
-    score: Callable[[Pairs], dict[str, float | None]],
+    column: str, metrics: Mapping[str, Metric], scored: Sequence[Prediction], counts: RowCounts
 ) -> list[Row]:
-    groups: dict[str, list[Prediction]] = defaultdict(list)
-    for prediction in scored:
-        groups[getattr(prediction, column)].append(prediction)
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, prediction in enumerate(scored):
+        groups[getattr(prediction, column)].append(index)
     return [
         {column: value, **row}
-        for value, group in sorted(groups.items())
-        for row in _score_rows(group, blind, score)
+        for value, where in sorted(groups.items())
+        for row in _score_rows(metrics, counts, where)
     ]
 
 
-def _selection_rows(predictions: Sequence[Prediction]) -> list[Row]:
+def _fact_rows(
+    answers: Mapping[str, Sequence[Prediction]], subsets: Mapping[str, Sequence[int]]
+) -> list[Row]:
+    """Return one row for each fact, subset of the exams and row of answers.
+
+    `exams` is `all`, or `lesion` for those in which a true answer states one.
+    """
+    rows = []
+    for fact in (ALL, *FACTS):
+        metrics = fact_metrics(fact)
+        counts = {row: count_all(metrics, given) for row, given in answers.items()}
+        for subset, where in subsets.items():
+            for row in _score_rows(metrics, counts, where):
+                scores = {re.split("[/-]", name)[-1]: row[name] for name in metrics}
+                rows.append({"fact": fact, "exams": subset, "row": row["row"], **scores})
+    return rows
+
+
+def _selection_rows(exams: Sequence[Prediction]) -> list[Row]:
     """Return one row for all gradable exams, then one for each site."""
-    exams = gradable_exams(predictions)
-    groups = {"all": exams} if exams else {}
+    if not exams:
+        return []
+    metrics = {**selection_metrics(), **baseline_metrics()}
+    counts = count_all(metrics, exams)
+    groups: dict[str, Sequence[int]] = {"all": range(len(exams))}
     for site in sorted({p.site for p in exams}):
-        groups[site] = [p for p in exams if p.site == site]
+        groups[site] = [i for i, p in enumerate(exams) if p.site == site]
+    rows = []
+    for site, where in groups.items():
+        scores = score_all(metrics, counts, where)
+        named = {name.removeprefix("selection/"): value for name, value in scores.items()}
+        rows.append({"site": site, "exams": len(where), **named})
+    return rows
+
+
+def _interval_rows(
+    metrics: Mapping[str, Metric], predictions: Sequence[Prediction], num_samples: int
+) -> list[Row]:
+    if not predictions or not num_samples:
+        return []
+    intervals = bootstrap_intervals(metrics, predictions, num_samples)
     return [
-        {
-            "site": site,
-            "exams": len(group),
-            "accuracy": selection_accuracy(group),
-            "chance": selection_chance(group),
-            "brightest": _hit_rate([(p, p.brightest) for p in group]),
-            "darkest": _hit_rate([(p, p.darkest) for p in group]),
-        }
-        for site, group in groups.items()
+        {"metric": name, "value": i.value, "low95": i.low, "high95": i.high, "exams": i.num_exams}
+        for name, i in intervals.items()
     ]
 
 
-def _hit_rate(choices: Sequence[tuple[Prediction, int | None]]) -> float:
-    hits = [p.valid is not None and i is not None and p.valid[i] for p, i in choices]
-    return sum(hits) / len(hits)
+def _flatten(
+    predictions: Sequence[Prediction], tables: Mapping[str, list[Row]]
+) -> dict[str, float]:
+    """Return the metrics of a summary; None values are left out."""
+    metrics: dict[str, float | None] = {
+        "num_exams": len({p.exam_id for p in predictions}),
+        "num_questions": len(predictions),
+    }
+    for table, subset in (("answers", ""), ("lesions", "lesion/")):
+        for row in tables[table]:
+            prefix = _prefix(row["row"]) + subset
+            metrics |= {f"{prefix}{name}": value for name, value in row.items() if "/" in name}
+    for row in tables["findings"]:
+        if row["fact"] != ALL:
+            prefix = _prefix(row["row"]) + ("lesion/" if row["exams"] == "lesion" else "")
+            metrics[f"{prefix}findings/{row['fact']}-f1"] = row["f1"]
+    for name, value in (tables["selection"][0] if tables["selection"] else {}).items():
+        if name != "site":
+            metrics[f"selection/{name}"] = value
+    for row in tables["intervals"]:
+        metrics |= {f"{end}/{row['metric']}": row[end] for end in ("low95", "high95")}
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
-def draw_strip(
-    frames: Sequence[bytes],
-    scores: Sequence[float],
-    chosen: int,
-    valid: Sequence[bool] | None,
-    title: str = "",
-) -> Figure:
-    """Return the frames of an exam side by side, the score under each.
-
-    The chosen frame has a thick orange border, a frame that truly shows what the report says a
-    green one inside it.
-
-    Args:
-        frames: encoded frames, one at least.
-        scores: feature score of each.
-        chosen: index of the chosen one.
-        valid: which are valid; None where nobody knows.
-        title: in Latin script, the only one every matplotlib has glyphs for.
-    """
-    columns = min(len(frames), 8)
-    rows = -(-len(frames) // columns)
-    figure = Figure(figsize=(1.8 * columns, 2.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis in axes:
-        axis.set_axis_off()
-    for index, (axis, frame) in enumerate(zip(figure.axes, frames, strict=False)):
-        with Image.open(io.BytesIO(frame)) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        axis.imshow(pixels)
-        axis.set_title(f"{scores[index]:.2f}", y=-0.16, fontsize=9)
-        height, width = pixels.shape[:2]
-        if index == chosen:
-            _outline(axis, width, height, 0.0, CHOSEN_COLOUR)
-        if valid is not None and valid[index]:
-            _outline(axis, width, height, 0.045, VALID_COLOUR)
-    figure.suptitle(title or "orange: chosen, green: valid", fontsize=9)
-    return figure
-
-
-def _outline(axis: Any, width: int, height: int, inset: float, colour: str) -> None:
-    left, top = inset * width, inset * height
-    x = [left, width - left, width - left, left, left]
-    y = [top, top, height - top, height - top, top]
-    axis.plot(x, y, color=colour, linewidth=3, clip_on=False)
-
-
-def draw_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
-    """Return one panel for each metric over the training steps.
-
-    Args:
-        history: metric -> (step, value) in any order.
-    """
-    figure = Figure(figsize=(4.2 * max(1, len(history)), 3), layout="constrained")
-    panels = figure.subplots(1, max(1, len(history)), squeeze=False)[0]
-    for axis, (name, points) in zip(panels, history.items(), strict=False):
-        steps, values = zip(*sorted(points), strict=True)
-        axis.plot(steps, values, color=VALID_COLOUR)
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    return figure
+def _prefix(row: str) -> str:
+    return "" if row == "model" else f"{row}/"

@@ -79,15 +79,24 @@ def load_language_model(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     Raises:
         ConfigError: when there is no such model or no tokenizer.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    model = load_pretrained(AutoModelForCausalLM, path, dtype)
+    return load_pretrained(AutoModelForCausalLM, path, dtype), load_tokenizer(path)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Return the tokenizer of a transformers directory or a `.gguf` file.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    from transformers import AutoTokenizer
+
     folder, extra = split_gguf(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+        return AutoTokenizer.from_pretrained(folder, **extra)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: no tokenizer to read: {first_line(error)}") from error
-    return model, tokenizer
 
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
