@@ -121,13 +121,16 @@ def read_window(window: Window, seen: Collection[tuple[int, str]]) -> Iterator[d
             if row["split"] == "train":
                 found.append((piece, index, {**row, "epoch": window.epoch}))
     random.Random(window.seed).shuffle(found)
-    for piece, index, row in found:
-        # Left out after the shuffle: a run that goes on keeps the order it had.
-        if (window.epoch, row["exam_id"]) in seen:
-            continue
+    # Left out after the shuffle: a run that goes on keeps the order it had.
+    left = [item for item in found if (window.epoch, item[2]["exam_id"]) not in seen]
+    wanted: dict[str, list[tuple[int, str]]] = {}
+    for piece, index, row in left:
+        wanted.setdefault(piece.features_uri, []).append((index, row["content_sha256"]))
+    # Each file of features is opened once, and read exam by exam as the order comes to it.
+    readers = {uri: read_features(uri, rows) for uri, rows in wanted.items()}
+    for piece, _, row in left:
         if piece.features_uri:
-            wanted = [(index, row["content_sha256"])]
-            (row["features"],) = read_features(piece.features_uri, wanted)
+            row["features"] = next(readers[piece.features_uri])
         yield row
 
 
