@@ -22,6 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,6 @@ from ultra.evaluate.tables import Summary
 from ultra.tracking import read_history
 
 PROJECT = Path(__file__).resolve().parent.parent
-JOBS = ("prepare", "instructions", "encode", "train", "evaluate")
 NUM_SHOWN = 12
 OBJECT_STORE_BYTES = 512 * 2**20
 START_TIMEOUT_S = 120
@@ -58,7 +58,7 @@ NOTICE = (
 
 @dataclass(slots=True)
 class Jobs:
-    """Submits jobs one after the other and keeps their logs and times."""
+    """Submits jobs and keeps their logs and times."""
 
     logs: Path
     environment: Mapping[str, str]
@@ -105,15 +105,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     real_overrides = _real_overrides(overrides, root)
     try:
         config, real_config = load("tiny", overrides), load("tiny", real_overrides)
-        with ray_head(logs / "ray.log") as environment:
+        source = write_real_exam(real_config.data.folder_uri)
+        with ThreadPoolExecutor(1) as beside, ray_head(logs / "ray.log") as environment:
             jobs = Jobs(logs, environment)
             jobs.add("ray", started)
-            for job in JOBS:
+            jobs.run("prepare", overrides)
+            # The real cine goes beside the simulated exams: starting a job is mostly waiting.
+            let_in = beside.submit(jobs.run, "prepare", real_overrides, "real-prepare")
+            for job in ("instructions", "encode", "train"):
                 jobs.run(job, overrides)
-            source = write_real_exam(real_config.data.folder_uri)
-            jobs.run("prepare", real_overrides, "real-prepare")
+            let_in.result()
+            answered = None
             if parquet.read_parts(real_config.data.exams_uri):
-                jobs.run("predict", real_overrides, "real-predict")
+                answered = beside.submit(jobs.run, "predict", real_overrides, "real-predict")
+            jobs.run("evaluate", overrides)
+            if answered is not None:
+                answered.result()
         summary = read_summary(config.evaluate.results_uri)
         real = read_real_exam(real_config)
         page = draw_report(config, summary, real)

@@ -79,9 +79,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_it_learns_to_choose_and_to_answer(local: Run) -> None:
-    """The choice of frames is to be 0.25 above chance; the preset does not reach that yet."""
     s = local.summary
-    assert s["selection_accuracy"] >= s["selection_chance"] + 0.05
+    assert s["selection_accuracy"] >= s["selection_chance"] + 0.25
     for blind in ("constant", "question_only"):
         assert s["em"] >= s[f"{blind}_em"] + 0.10
         assert s["f1"] >= s[f"{blind}_f1"] + 0.05
@@ -150,20 +149,13 @@ def test_the_mlflow_server_shows_runs_with_parameters_metrics_tables_and_picture
     assert all(strip.path.endswith(".png") for strip in strips)
 
 
-def test_on_s3_the_same_exams_go_through_every_job(
+def test_on_s3_the_same_pipeline_gives_the_same_summary(
     local: Run, s3_bucket: str, tmp_path: Path
 ) -> None:
-    """With a short training: what does not depend on it is the same as on the local path."""
-    remote = run_demo(
-        tmp_path / "report",
-        f"{s3_bucket}/demo",
-        *("--set", "train.stages.0.steps=10", "--set", "train.stages.1.steps=10"),
-    )
-    same = ["selection_chance", "num_exams", "num_questions"]
-    same += [key for key in local.summary if key.startswith(("constant_", "question_only_"))]
-    assert {k: remote.summary[k] for k in same} == {k: local.summary[k] for k in same}
-    frames = [run.summary["real_exam"]["frames_kept"] for run in (remote, local)]
-    assert frames == [16, 16]
+    remote = run_demo(tmp_path / "report", f"{s3_bucket}/demo")
+    took = {"seconds", "steps"}
+    expected = {key: value for key, value in local.summary.items() if key not in took}
+    assert {key: value for key, value in remote.summary.items() if key not in took} == expected
     assert remote.jobs == local.jobs
 
 

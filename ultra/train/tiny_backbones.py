@@ -3,10 +3,12 @@
     python -m ultra.train.tiny_backbones --output ultra/presets/tiny
 
 They learn from simulated exams of another seed than the presets use, so no shipped weight has seen
-a patient of the demo. CLIP learns which site, side and finding a frame shows; SAM outlines objects,
-lesions and artefacts alike; the language model answers questions about findings it reads as text.
+a patient of the demo. CLIP learns which words go with a frame; SAM outlines objects, lesions and
+artefacts alike; the language model answers questions about facts it reads as mixtures of words,
+where visual tokens will stand. It never sees an image.
 
-Shapes: N frames, C H W pixels, T tokens, S text tokens.
+Shapes: N frames, W words of captions, C H W pixels, B rows, T visual tokens, S text tokens,
+V vocabulary, D width of the language model.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,19 +30,34 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ultra.config import SimulatorConfig
+from ultra.data.collate import pad
 from ultra.data.instructions import parse_report, write_conversations
 from ultra.data.prompts import encode_conversation
-from ultra.data.synthetic import SITES, Truth, report_characters, simulate, simulated_exams
+from ultra.data.synthetic import (
+    SIDE_WORDS,
+    SITES,
+    Truth,
+    report_characters,
+    simulate,
+    simulated_exams,
+)
 from ultra.model.clip import CLIP_MEAN, CLIP_STD
+from ultra.model.language import token_losses
 from ultra.model.pictures import decode
 from ultra.model.sam import SAM_MEAN, SAM_STD, build_sam_encoder
-from ultra.types import Conversation, FrameGroup, Turn
+from ultra.model.splice import splice
+from ultra.types import IGNORED, VISUAL, FrameGroup
 
 SEED = 20_001
 CLIP_SIZE, SAM_SIZE, MASK_SIZE, PATCH = 64, 128, 64, 16
+NUM_VISUAL = (CLIP_SIZE // PATCH) ** 2
+TEXTS = 48
+"""Rows of text in a step."""
+PADDING = -2
+"""An id that is neither a token nor VISUAL."""
 KINDS = ("cyst", "haemangioma", "nodule", "stone")
-NUM_SIZES = 3
-NUM_FINDINGS = 2 + len(KINDS) * NUM_SIZES
+WORDS = (*SITES, "left", "right", "normal", *KINDS, "small", "medium", "large", "clear", "unclear")
+"""What a caption is made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +66,7 @@ class Frames:
 
     pixels_NHW: NDArray[np.uint8]
     masks_NHW: NDArray[np.uint8]
-    captions_N: NDArray[np.int64]
+    captions_NW: NDArray[np.bool_]
     groups: list[FrameGroup]
 
 
@@ -83,18 +100,20 @@ def _simulate_one(config: SimulatorConfig, pair: tuple[int, int]) -> tuple[Any, 
     step = SAM_SIZE // MASK_SIZE
     masks = objects.reshape(len(objects), MASK_SIZE, step, MASK_SIZE, step).mean((2, 4)) > 0.5
     valid = exam.group.valid or ()
-    place = list(SITES).index(exam.truth.site) * 2 + (exam.truth.side == "right")
-    captions = np.array([place * NUM_FINDINGS + _finding(exam.truth, v) for v in valid])
+    captions = np.array([np.isin(WORDS, _caption(exam.truth, v)) for v in valid])
     pixels = np.stack([np.array(decode(frame).convert("L")) for frame in exam.group.frames])
     return exam.group, pixels, masks.astype(np.uint8), captions
 
 
-def _finding(truth: Truth, valid: bool) -> int:
-    """Return what a frame shows, by number: nothing, health, or a lesion of some kind and size."""
-    if truth.size_mm is None or not valid:
-        return int(valid)
-    size = SITES[truth.site].sizes_mm.index(truth.size_mm)
-    return 2 + KINDS.index(truth.kind) * NUM_SIZES + size
+def _caption(truth: Truth, valid: bool) -> list[str]:
+    """Return the words for what a frame shows; of a lesion only where it shows."""
+    words = [truth.site, truth.side]
+    if valid:
+        words.append(truth.kind)
+    if valid and truth.size_mm is not None:
+        size = SITES[truth.site].sizes_mm.index(truth.size_mm)
+        words += [("small", "medium", "large")[size], truth.margin or ""]
+    return words
 
 
 def train_clip(frames: Frames, steps: int) -> Any:
@@ -108,9 +127,9 @@ def train_clip(frames: Frames, steps: int) -> Any:
             image_size=CLIP_SIZE, patch_size=PATCH,
         )
     )  # fmt: skip
-    captions = nn.Parameter(torch.randn(len(SITES) * 2 * NUM_FINDINGS, 96) * 0.1)
-    project = nn.Linear(2 * 96, 96)
-    labels_N = torch.from_numpy(frames.captions_N)
+    words = nn.Parameter(torch.randn(len(WORDS), 96) * 0.1)
+    project = nn.Linear(96, 96)
+    captions_NW = torch.from_numpy(frames.captions_NW).float()
 
     def loss(rows: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         small = functional.interpolate(pixels, size=CLIP_SIZE, mode="area")
@@ -118,13 +137,15 @@ def train_clip(frames: Frames, steps: int) -> Any:
         normalised = _normalise(small, CLIP_MEAN, CLIP_STD)
         output = model(pixel_values=normalised, output_hidden_states=True)
         hidden = output.hidden_states[-2][:, 1:]
-        pooled = project(torch.cat([hidden.mean(1), hidden.amax(1)], -1))
-        match = functional.normalize(pooled, dim=-1) @ functional.normalize(captions, dim=-1).T
-        target = labels_N[rows]
+        pooled = project(functional.layer_norm(hidden, hidden.shape[-1:]).mean(1))
+        # A caption is the sum of its words; the batch's own captions are what it may be.
+        captions, target = torch.unique(captions_NW[rows], dim=0, return_inverse=True)
+        text = functional.normalize(captions @ words, dim=-1)
+        match = functional.normalize(pooled, dim=-1) @ text.T
         right = (match.argmax(-1) == target).float().mean()
         return functional.cross_entropy(16 * match, target), right
 
-    parameters = [*model.parameters(), captions, *project.parameters()]
+    parameters = [*model.parameters(), words, *project.parameters()]
     _optimise("clip", parameters, loss, _pictures(frames, 96), steps)
     return model.half()
 
@@ -170,16 +191,106 @@ def train_language(groups: list[FrameGroup], steps: int) -> tuple[Any, Any]:
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip
+    exams = [Told.of(tokenizer, group) for group in groups]
+    rows = [(row, exam) for exam in exams for row in exam.rows]
+    rows.sort(key=lambda row: len(row[0][0]))  # neighbours of one length waste no padding
     rng = random.Random(SEED)
-    rows = [row for group in groups for row in _text_rows(tokenizer, group, rng)]
+    embedding: Any = model.get_input_embeddings()
 
-    def loss(_rows: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-        ids, labels = batch
-        logits = model(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long()).logits[:, :-1]
-        return _answer_loss(logits, ids[:, 1:], labels[:, 1:])
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        start = int(torch.randint(len(rows) - TEXTS + 1, (), generator=generator))
+        picked = rows[start : start + TEXTS]
+        words = [_mix(exam, rng.choice(exams), rng, len(tokenizer)) for _, exam in picked]
+        ids, _ = pad([row[0] for row, _ in picked], PADDING)
+        labels, _ = pad([row[1] for row, _ in picked], IGNORED)
+        return torch.stack(words), torch.from_numpy(np.stack([ids, labels]))
 
-    _optimise("language", list(model.parameters()), loss, _texts(rows, 48), 2 * steps)
+    def loss(words_BTV: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        ids_BS, labels_BS = batch
+        visual_BTD = words_BTV @ embedding.weight
+        # As much noise as there is signal, or less: a projector begins with nothing else.
+        noise = embedding.weight.std().detach() * torch.rand(len(ids_BS), 1, 1)
+        visual_BTD = visual_BTD + noise * torch.randn(visual_BTD.shape)
+        mask_BS = ids_BS != PADDING
+        embeds_BSD = splice(embedding, ids_BS.masked_fill(~mask_BS, 0), visual_BTD.flatten(0, 1))
+        logits_BSV = model(inputs_embeds=embeds_BSD, attention_mask=mask_BS.long()).logits
+        answers = labels_BS[:, 1:] != IGNORED
+        right = logits_BSV[:, :-1].argmax(-1) == labels_BS[:, 1:]
+        losses_BS = token_losses(logits_BSV, labels_BS)[:, 1:]
+        return losses_BS[answers].mean(), right[answers].float().mean()
+
+    _optimise("language", list(model.parameters()), loss, draw, steps)
     return model.half(), tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """An exam as the language model learns from it.
+
+    Attributes:
+        rows: ids and labels of its conversations, and of its findings behind a frame alone.
+        place: the ids of the words that every frame shows.
+        lesion: the ids of the words that only a valid frame shows.
+    """
+
+    rows: list[tuple[list[int], list[int]]]
+    place: list[list[int]]
+    lesion: list[list[int]]
+
+    @classmethod
+    def of(cls, tokenizer: Any, group: FrameGroup) -> Told:
+        """Return what there is to learn from a group's report."""
+
+        def encode(text: str) -> list[int]:
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+            return ids
+
+        rows = [
+            encode_conversation(tokenizer, "plain", conversation.turns, NUM_VISUAL)
+            for conversation in write_conversations(group, SEED)
+        ]
+        findings = encode(group.findings)
+        before = [tokenizer.bos_token_id, *[VISUAL] * NUM_VISUAL]
+        # Twice: what the likelihood teacher asks is learnt as well as any question.
+        rows += 2 * [(before + findings, [IGNORED] * len(before) + findings)]
+        report = parse_report(group.site, group.findings, group.diagnosis)
+        size = f"{report.size_mm:g}mm" if report.size_mm else None
+        facts = [report.kind, report.echogenicity, size, report.margin]
+        side = next(word for word in SIDE_WORDS.values() if word in group.findings)
+        return cls(
+            rows,
+            [encode(group.site), encode(side)],
+            [encode("正常")] if report.normal else [encode(fact) for fact in facts if fact],
+        )
+
+
+def _mix(exam: Told, other: Told, rng: random.Random, vocabulary: int) -> Tensor:
+    """Return words_TV for an exam: its facts, in most rows diluted with another exam's.
+
+    The share of the exam's own facts has the density 2x, so they are right as often as they weigh:
+    the model learns to answer by weight, and a projector finds a slope from wherever it starts.
+    """
+    share = 1.0 if rng.random() < 0.3 else rng.random() ** 0.5
+    return share * _spread(exam, rng, vocabulary) + (1 - share) * _spread(other, rng, vocabulary)
+
+
+def _spread(exam: Told, rng: random.Random, vocabulary: int) -> Tensor:
+    """Return words_TV of an exam's facts over some of the visual tokens.
+
+    Now and then the lesion is left out, as in a frame that does not show it.
+    """
+    words_TV = torch.zeros(NUM_VISUAL, vocabulary)
+    scale = rng.uniform(0.5, 1.5)
+    hidden = rng.random() < 0.15
+    often = rng.choice([1, 2, 4, 16]) / 16
+    for facts, chance in ((exam.place, rng.uniform(0.3, 1)), (exam.lesion, often)):
+        if facts is exam.lesion and hidden:
+            continue
+        tokens = [t for t in range(NUM_VISUAL) if rng.random() < chance]
+        for token in tokens or [rng.randrange(NUM_VISUAL)]:
+            for fact in facts:
+                words_TV[token, fact] += scale / len(fact)
+    return words_TV
 
 
 def build_tokenizer(characters: str) -> Any:
@@ -198,44 +309,6 @@ def build_tokenizer(characters: str) -> Any:
     )
 
 
-def _text_rows(
-    tokenizer: Any, group: FrameGroup, rng: random.Random
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield conversations with words, mostly, where the visual tokens will stand."""
-    for conversation in write_conversations(group, SEED):
-        told = _tell(conversation, group, rng) if rng.random() < 0.9 else conversation
-        yield encode_conversation(tokenizer, "plain", told.turns, 0)
-
-
-def _tell(conversation: Conversation, group: FrameGroup, rng: random.Random) -> Conversation:
-    """Return the conversation after the findings, or after their facts in any order.
-
-    Facts without order are the more like visual tokens: the model learns to look them up and to
-    write a report from them, not only to copy.
-    """
-    words = group.findings
-    if rng.random() < 0.7:
-        report = parse_report(group.site, group.findings, group.diagnosis)
-        size = f"{report.size_mm:g}mm" if report.size_mm else None
-        facts = [group.site, report.side, report.kind, report.echogenicity, size, report.margin]
-        facts += ["正常"] if report.normal else []
-        known = [fact for fact in facts if fact]
-        rng.shuffle(known)
-        words = rng.choice(["", "，", "。"]).join(known)
-    first, *rest = conversation.turns
-    told = Turn(first.role, words + first.content)
-    return Conversation(conversation.stage, conversation.task, (told, *rest))
-
-
-def _answer_loss(logits: Tensor, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    losses = functional.cross_entropy(logits.transpose(1, 2), ids.clamp(min=0), reduction="none")
-    answer = labels >= 0
-    text = (ids >= 0) & ~answer
-    loss = losses[answer].mean() + 0.1 * losses[text].mean()
-    right = (logits.argmax(-1) == ids)[answer].float().mean()
-    return loss, right
-
-
 def _pictures(frames: Frames, size: int) -> Callable[[torch.Generator], tuple[Tensor, Tensor]]:
     pixels_NHW = torch.from_numpy(frames.pixels_NHW)
 
@@ -244,25 +317,6 @@ def _pictures(frames: Frames, size: int) -> Callable[[torch.Generator], tuple[Te
         pixels = pixels_NHW[rows, None].float().expand(-1, 3, -1, -1) / 255
         gain = 1 + 0.1 * torch.randn(size, 1, 1, 1, generator=generator)
         return rows, (pixels * gain).clamp(0, 1)
-
-    return draw
-
-
-def _texts(
-    rows: list[tuple[list[int], list[int]]], size: int
-) -> Callable[[torch.Generator], tuple[Tensor, Tensor]]:
-    rows = sorted(rows, key=lambda row: len(row[0]))  # neighbours of one length waste no padding
-
-    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        start = int(torch.randint(len(rows) - size + 1, (), generator=generator))
-        chosen = torch.arange(start, start + size)
-        picked = rows[start : start + size]
-        length = max(len(ids) for ids, _ in picked)
-        batch = torch.full((2, size, length), -1)
-        for row, (ids, labels) in enumerate(picked):
-            batch[0, row, : len(ids)] = torch.tensor(ids)
-            batch[1, row, : len(ids)] = torch.tensor(labels)
-        return chosen, batch
 
     return draw
 
@@ -296,8 +350,8 @@ def main() -> None:
     """Read the command line and make the backbones."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("ultra/presets/tiny"))
-    parser.add_argument("--patients", type=int, default=1200)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--patients", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
     args = parser.parse_args()
     make_backbones(args.output, args.patients, args.steps)
 
