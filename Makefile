@@ -12,7 +12,7 @@ help: ## list the targets
 $(READY): requirements.lock pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(VENV)/bin/uv pip sync --quiet --python $(RUN) requirements.lock
+	$(VENV)/bin/uv pip sync --quiet --compile-bytecode --python $(RUN) requirements.lock
 	$(VENV)/bin/uv pip install --quiet --python $(RUN) --no-deps --no-build-isolation --editable .
 	touch $(READY)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +19,9 @@ from ultra.model.teacher import AttentionTeacher
 from ultra.model.trainable import count_parts
 from ultra.train.loop import Schedule, Teaching
 from ultra.train.schedule import count_steps, learning_rate
-from ultra.train.zero import ZeroEngine
+
+if TYPE_CHECKING:
+    from ultra.train.zero import ZeroEngine
 
 
 @dataclass(slots=True)
@@ -50,6 +53,8 @@ def begin_stage(
         num_exams: exams of an epoch.
         base: what `describe_base` says of the configuration's weights.
     """
+    from ultra.train.zero import ZeroEngine  # DeepSpeed: seconds to import, for workers only
+
     train, stage = config.train, config.train.stages[progress.stage]
     torch.manual_seed(train.seed)
     model = _build_model(config, start)

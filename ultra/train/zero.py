@@ -37,6 +37,9 @@ class ZeroEngine:
         self.model = model
         groups = [_group(model, part, names, config) for part, names in self.trained.items()]
         optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate)
+        # On CPUs DeepSpeed would compile an operator of its own for reductions within a machine,
+        # with whatever compiler there is; gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=_deepspeed_config(config)
         )
