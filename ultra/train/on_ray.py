@@ -214,4 +214,6 @@ def _run_config(config: PipelineConfig) -> ray.train.RunConfig:
         storage_path=folder,
         storage_filesystem=filesystem,
         failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+        # Ray's patch of `print` prints twice where a library has wrapped stdout, as some here do.
+        worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
     )
