@@ -209,7 +209,7 @@ def _resources(config: PipelineConfig) -> dict[str, float]:
 def _run_config(config: PipelineConfig) -> ray.train.RunConfig:
     filesystem, path = storage.resolve(config.train.output_uri)
     folder, _, name = path.rpartition("/")
-    return ray.train.RunConfig(
+    return ray.train.RunConfig(  # type: ignore[call-arg]  # mypy reads Train V1's
         name=name,
         storage_path=folder,
         storage_filesystem=filesystem,
