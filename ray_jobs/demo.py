@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             jobs = Jobs(logs, environment)
             jobs.add("ray", started)
             jobs.run("prepare", overrides)
-            # The real cine goes beside the simulated exams: starting a job is mostly waiting.
+            # The real cine goes beside the simulated exams, one job of it at a time.
             let_in = beside.submit(jobs.run, "prepare", real_overrides, "real-prepare")
             for job in ("instructions", "encode", "train"):
                 jobs.run(job, overrides)
