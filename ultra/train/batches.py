@@ -1,4 +1,4 @@
-"""Batches as the model's inputs, from cached features or from pixels.
+"""Rows of exams as the model's inputs, from cached features or from pixels.
 
 Shapes: B samples, K frames of a group (padded) or the one picture composed of them, N of a batch,
 T visual tokens, F channels.
@@ -6,13 +6,23 @@ T visual tokens, F channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ultra.data.collate import Collator
+from ultra.data.stream import to_sample
 from ultra.model.encoders import FrozenEncoders
+from ultra.model.strategies import num_visual_tokens
+from ultra.train.loop import Inputs
+from ultra.train.stage import StageRun
 from ultra.types import Batch
+
+Row = Mapping[str, Any]
+"""A row as `stream.read_window` yields it."""
 
 ARRAYS = (
     "frame_mask_BK",
@@ -22,6 +32,39 @@ ARRAYS = (
     "findings_ids_BS",
     "findings_mask_BS",
 )
+
+
+def read_inputs(
+    run: StageRun,
+    steps: Iterable[Sequence[Row]],
+    encoders: FrozenEncoders | None,
+    used: Callable[[Batch], None],
+) -> Iterator[Inputs]:
+    """Yield the inputs of a stage on this worker, one item a forward pass.
+
+    Args:
+        run: the stage.
+        steps: the worker's rows of each step, all at once, so that its forward passes can have
+            rows of like lengths.
+        encoders: encode the frames; None where the rows have features.
+        used: called with every batch.
+    """
+    train, model = run.config.train, run.config.model
+    language = model.language
+    collate = Collator(
+        run.model.language.tokenizer, language.template, partial(num_visual_tokens, model),
+        language.max_length, run.model.strategy.num_pictures,
+    )  # fmt: skip
+    for rows in steps:
+        samples = [
+            to_sample(row, run.stage.name, train.seed, model.tokens_per_frame, model.vision.dtype)
+            for row in rows
+        ]
+        samples.sort(key=lambda sample: sample.conversation.num_characters)
+        for start in range(0, len(samples), train.micro_batch_size):
+            batch = collate(samples[start : start + train.micro_batch_size])
+            used(batch)
+            yield to_inputs(batch, encoders, run.engine.device)
 
 
 def to_inputs(

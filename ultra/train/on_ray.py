@@ -6,7 +6,6 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,12 @@ from ray.train.torch import TorchTrainer
 from ultra import storage
 from ultra.config import ConfigError, PipelineConfig, parse
 from ultra.data import stream
-from ultra.data.collate import Collator
 from ultra.data.on_ray import stream_rows
 from ultra.model import checkpoint
 from ultra.model.checkpoint import Progress
 from ultra.model.encoders import FrozenEncoders, cache_key
-from ultra.model.strategies import num_visual_tokens
 from ultra.tracking import Tracker, open_run, resume_tracker
-from ultra.train.batches import to_inputs
+from ultra.train.batches import read_inputs
 from ultra.train.loop import Inputs, Metrics, run_stage
 from ultra.train.progress import StepLog, UsedExams
 from ultra.train.stage import StageRun, begin_stage, describe_parts, write_stage
@@ -126,9 +123,9 @@ def _run(
 
 
 def _inputs(run: StageRun, source: stream.Source, used: UsedExams) -> Iterator[Inputs]:
-    """Yield a worker's inputs; rank 0 plans the stream and hands out the shares."""
-    config, context = run.config, ray.train.get_context()
-    train, model, world_size = config.train, config.model, context.get_world_size()
+    """Return a worker's inputs; rank 0 plans the stream and hands out the shares."""
+    train, context = run.config.train, ray.train.get_context()
+    world_size = context.get_world_size()
     shares = None
     if context.get_world_rank() == 0:
         left = (run.schedule.num_steps - run.schedule.first) * train.batch_size
@@ -136,30 +133,13 @@ def _inputs(run: StageRun, source: stream.Source, used: UsedExams) -> Iterator[I
         windows = stream.plan_windows(source.pieces, train.seed, used.epoch, epochs)
         shares = stream_rows(list(windows), used.seen, world_size)
     share = ray.train.collective.broadcast_from_rank_zero(shares)[context.get_world_rank()]
-    language = model.language
-    collate = Collator(
-        run.model.language.tokenizer, language.template, partial(num_visual_tokens, model),
-        language.max_length, run.model.strategy.num_pictures,
-    )  # fmt: skip
-    encoders = None if source.features else FrozenEncoders(model, str(run.engine.device))
-    # All rows of a step at once, so that its forward passes can have rows of like lengths.
+    encoders = None if source.features else FrozenEncoders(run.config.model, str(run.engine.device))
     tables = share.iter_batches(
         batch_size=train.micro_batch_size * train.gradient_accumulation,
         batch_format="pyarrow",
         prefetch_batches=2,
     )
-    for table in tables:
-        samples = [
-            stream.to_sample(
-                row, run.stage.name, train.seed, model.tokens_per_frame, model.vision.dtype
-            )
-            for row in table.to_pylist()
-        ]
-        samples.sort(key=lambda sample: sample.conversation.num_characters)
-        for start in range(0, len(samples), train.micro_batch_size):
-            batch = collate(samples[start : start + train.micro_batch_size])
-            used.add(batch)
-            yield to_inputs(batch, encoders, run.engine.device)
+    return read_inputs(run, (table.to_pylist() for table in tables), encoders, used.add)
 
 
 def _save(run: StageRun, progress: Progress, name: str, final: str) -> str:
