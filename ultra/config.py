@@ -62,6 +62,8 @@ class DataConfig(Section):
     """One row per frame let in: what shows that it carries no identity."""
     features_uri: str = "{root}/features"
     seed: int = 0
+    site_cue: bool = True
+    """Whether every other question tells the site (section 4.2 of the paper)."""
     assume_deidentified: str = ""
     """The user's signed statement ("who, when") that plain JPEG and PNG carry no identity."""
     patient_key_secret: str = ""

@@ -208,6 +208,15 @@ def test_the_site_is_told_in_every_other_question_and_never_where_it_is_asked_fo
     assert openings == {True, False}
 
 
+def test_without_the_cue_the_same_is_asked_and_the_site_is_told_nowhere():
+    cue = CUE.format(CYST.site)
+    for seed in range(5):
+        told = write_conversations(CYST, seed)
+        turns = [[replace(t, content=t.content.removeprefix(cue)) for t in c.turns] for c in told]
+        plain = [replace(c, turns=tuple(t)) for c, t in zip(told, turns, strict=True)]
+        assert write_conversations(CYST, seed, site_cue=False) == tuple(plain) != told
+
+
 def test_wording_follows_from_the_seed_and_the_exam_and_varies_with_both():
     first = write_conversations(CYST, 0)
     assert write_conversations(CYST, 0) == first

@@ -127,6 +127,20 @@ def test_conversations_are_written_into_the_same_rows(tmp_path: Path) -> None:
     assert all({c.stage for c in group.conversations} == {"align", "instruct"} for group in after)
 
 
+def test_questions_tell_the_site_where_the_configuration_says_so(tmp_path: Path) -> None:
+    simulator = SimulatorConfig(num_patients=2, frame_size=32)
+    told = {}
+    for cue in (True, False):
+        config = config_at(tmp_path, simulator=simulator, site_cue=cue)
+        publish([write_tables(list(list_entries(config)), 0, config)], config)
+        (part,) = parquet.read_parts(config.exams_uri)
+        parquet.publish_parts(config.exams_uri, [fill_conversations(part, config)])
+        groups = [from_row(row) for row in rows(config.exams_uri)]
+        questions = [c.turns[0].content for group in groups for c in group.conversations]
+        told[cue] = sum(question.startswith("检查部位") for question in questions)
+    assert told[True] > 0 == told[False]
+
+
 def test_sources_without_exams_are_named(tmp_path: Path) -> None:
     config = config_at(tmp_path, source="folder")
     with pytest.raises(ValueError, match=r"data\.folder_uri"):

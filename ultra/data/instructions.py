@@ -139,12 +139,14 @@ def parse_answer(task: str, answer: str) -> Report:
     return Report()
 
 
-def write_conversations(group: FrameGroup, seed: int) -> tuple[Conversation, ...]:
+def write_conversations(
+    group: FrameGroup, seed: int, site_cue: bool = True
+) -> tuple[Conversation, ...]:
     """Return the conversations of both stages about an exam.
 
     Stage `align` asks for the findings and for the whole report; stage `instruct` asks one
-    question a task, and `multi` several in turn. Every other question tells the site (both
-    versions of section 4.2). Wording follows from the seed and the exam's id alone.
+    question a task, and `multi` several in turn. With `site_cue`, every other question tells
+    the site (both versions of section 4.2). The rest follows from the seed and the exam's id alone.
     """
     rng = random.Random(f"{seed}/{group.exam_id}")
     cued = rng.random() < 0.5
@@ -152,7 +154,8 @@ def write_conversations(group: FrameGroup, seed: int) -> tuple[Conversation, ...
     for stage, task, answer in _answers(group):
         question = rng.choice(QUESTIONS[task])
         if task != "site":
-            question = CUE.format(group.site) + question if cued and group.site else question
+            told = site_cue and cued and group.site
+            question = CUE.format(group.site) + question if told else question
             cued = not cued
         conversations.append(_conversation(stage, task, [(question, answer)]))
     rounds = [("site", group.site), ("findings", group.findings), ("diagnosis", group.diagnosis)]

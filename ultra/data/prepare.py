@@ -160,7 +160,8 @@ def fill_conversations(part: Part, config: DataConfig) -> Part:
 
     def rows() -> Iterator[dict[str, Any]]:
         for row in parquet.read_rows(source):
-            conversations = write_conversations(schema.from_row(row), config.seed)
+            group = schema.from_row(row)
+            conversations = write_conversations(group, config.seed, config.site_cue)
             yield {**row, "conversations": schema.conversations_to_rows(conversations)}
 
     filled = _write(rows(), config.exams_uri, schema.EXAMS, part.position, config)
