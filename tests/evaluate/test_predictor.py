@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ultra.data import schema
+from ultra.data.features import unpack
 from ultra.data.prompts import encode_prompt
 from ultra.evaluate.predictions import PREDICTIONS
 from ultra.evaluate.predictor import Predictor, questions_of
@@ -69,6 +70,35 @@ def test_every_frame_has_a_score_whatever_is_shown(
     predictions = predictor.predict(exams[:3])
     assert [len(p.scores) for p in predictions] == [3, 3, 2, 1]
     assert all(p.token_ids for p in predictions)
+
+
+@pytest.mark.parametrize("strategy", ["adaptive", "random", "composite"])
+def test_features_and_pixels_give_the_same_answers(
+    random_checkpoint: str, random_backbones: Path, exams: Exams, tmp_path: Path, strategy: str
+) -> None:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(random_checkpoint, copy)
+    config = copy / "config.yaml"
+    text = config.read_text().replace("strategy: adaptive", f"strategy: {strategy}")
+    config.write_text(text)
+    predictor = Predictor(str(copy), max_new_tokens=7)
+    encoders = predictor.visual.encoders
+    assert encoders is not None
+    features = []
+    for exam in exams[:2]:
+        stored = {n: [f.tobytes() for f in a] for n, a in encoders(exam.frames).items()}
+        features.append(unpack(stored, 4, "float16"))
+    # One exam at a time, as the cache is filled: other frames beside it may round another way.
+    expected = [p for exam in exams[:2] for p in predictor.predict([exam])]
+
+    for vision in ("clip", "sam.pth"):
+        text = text.replace(str(random_backbones / vision), "/missing")
+    config.write_text(text)
+    blind = Predictor(str(copy), max_new_tokens=7, with_encoders=False)
+    assert blind.predict(exams[:2], features) == expected
+    assert expected[0].scores[0] != expected[-1].scores[0]
+    with pytest.raises(AssertionError, match="frames need the encoders"):
+        blind.predict(exams[:2])
 
 
 @torch.no_grad()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyarrow as pa
+import torch
 
 from ultra.data import schema
+from ultra.data.features import Features
 from ultra.data.instructions import QUESTIONS
 from ultra.data.prompts import encode_prompt
 from ultra.evaluate.baselines import find_blobs
@@ -26,25 +28,41 @@ class Predictor:
         checkpoint_uri: what answers; its own configuration counts, no other.
         max_new_tokens: longest answer.
         device: where torch runs, `cpu` or `cuda`.
+        with_encoders: False loads no encoder, for one that is always given features.
     """
 
-    def __init__(self, checkpoint_uri: str, max_new_tokens: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        checkpoint_uri: str,
+        max_new_tokens: int,
+        device: str = "cpu",
+        *,
+        with_encoders: bool = True,
+    ) -> None:
         self.max_new_tokens = max_new_tokens
+        self.device = device
         self.config = checkpoint.read(checkpoint_uri).config.model
-        self.visual = checkpoint.load_visual(checkpoint_uri, device)
+        self.visual = checkpoint.load_visual(checkpoint_uri, device, with_encoders=with_encoders)
         self.language = checkpoint.load_language(checkpoint_uri, device)
 
     def __call__(self, exams: pa.Table) -> pa.Table:
         """Return the PREDICTIONS of a table of EXAMS, in its order."""
         return to_table(self.predict([schema.from_row(row) for row in exams.to_pylist()]))
 
-    def predict(self, groups: Sequence[FrameGroup]) -> list[Prediction]:
+    def predict(
+        self, groups: Sequence[FrameGroup], features: Sequence[Features] | None = None
+    ) -> list[Prediction]:
         """Return the predictions for every question of every group.
 
         An answer ends where the language model's `max_length` does; a prompt that leaves no room
         gets an empty one, cut by length.
+
+        Args:
+            groups: exams with their frames.
+            features: of each group, from the cache of the checkpoint's encoders: encoder name ->
+                (K, T, F), a composite the only frame; None encodes the frames.
         """
-        looks = self.visual.look([group.frames for group in groups])
+        looks = self._look(groups, features)
         asked = [(g, v, q) for g, v in zip(groups, looks, strict=True) for q in questions_of(g)]
         requests = [self._request(*each) for each in asked]
         fitting = [request for request in requests if request.max_new_tokens > 0]
@@ -60,6 +78,17 @@ class Predictor:
             self._prediction(group, look, question, completion, blobs[group.exam_id])
             for (group, look, question), completion in zip(asked, completions, strict=True)
         ]
+
+    def _look(
+        self, groups: Sequence[FrameGroup], features: Sequence[Features] | None
+    ) -> list[VisualTokens]:
+        if features is None:
+            return self.visual.look([group.frames for group in groups])
+        looks = []
+        for group, arrays in zip(groups, features, strict=True):
+            batch = {n: torch.from_numpy(a)[None].to(self.device) for n, a in arrays.items()}
+            looks.append(self.visual.choose(batch, group.frames))
+        return looks
 
     def _request(self, group: FrameGroup, look: VisualTokens, question: Question) -> Request:
         turns = [Turn("user", question[1])]

@@ -180,17 +180,24 @@ def read(uri: str) -> Checkpoint:
         raise CheckpointError(f"{uri}: {error}") from None
 
 
-def load_visual(uri: str, device: str = "cpu") -> VisualBranch:
+def load_visual(uri: str, device: str = "cpu", *, with_encoders: bool = True) -> VisualBranch:
     """Return the encoder side of a checkpoint; no language-model weight is read.
+
+    Args:
+        uri: the checkpoint.
+        device: where torch runs, `cpu` or `cuda`.
+        with_encoders: False reads no encoder's weight either; what it returns takes features only.
 
     Raises:
         CheckpointError: when it, or a base weight it stands on, is not what it should be.
     """
     checkpoint = read(uri)
     config = checkpoint.config.model
-    encoders = FrozenEncoders(config, device)
-    for name, encoder in encoders.encoders.items():
-        _check_digest(checkpoint, name, encoder.digest)
+    encoders = None
+    if with_encoders:
+        encoders = FrozenEncoders(config, device)
+        for name, encoder in encoders.encoders.items():
+            _check_digest(checkpoint, name, encoder.digest)
     state = _load(checkpoint.folder / "connector.safetensors")
     width = len(state["scorer.weight"])  # the language model's, known without loading it
     fusion = Fusion(config.vision, config.fusion, width)

@@ -103,11 +103,12 @@ class LlavaUltra(nn.Module):
 class VisualBranch:
     """The encoder side: frames in, the visual tokens of the chosen frame out.
 
-    It needs no language model: at inference the feature score alone chooses.
+    It needs no language model: at inference the feature score alone chooses. Without encoders it
+    chooses from features only.
     """
 
     config: ModelConfig
-    encoders: FrozenEncoders
+    encoders: FrozenEncoders | None
     fusion: Fusion
     scorer: FrameScorer
 
@@ -122,6 +123,7 @@ class VisualBranch:
         """
         if not all(groups):
             raise ValueError("a frame group needs at least one frame")
+        assert self.encoders is not None, "frames need the encoders"
         features = self.encoders.encode(groups)
         num_pictures = find_strategy(self.config).num_pictures
         results = []
