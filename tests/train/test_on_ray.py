@@ -109,6 +109,40 @@ def test_every_exam_is_used_once_an_epoch(prepared: Path) -> None:
     assert len(first.seen) == len(set(first.seen)) == min(16, source.num_exams)
 
 
+def test_one_seed_gives_one_checkpoint_and_another_seed_another(prepared: Path) -> None:
+    from ultra.train.on_ray import fit
+
+    def run(name: str, seed: int) -> dict[str, bytes]:
+        """Train and return the contents of every file that holds tensors or the configuration."""
+        folder = prepared / name
+        config = configure(
+            prepared,
+            "train.stages.0.steps=2",
+            "train.stages.1.steps=2",
+            "train.num_workers=1",
+            "train.checkpoint_every=null",
+            "model.selection.teacher_warmup_steps=1",
+            f"train.seed={seed}",
+            f"train.output_uri={folder}",
+            "tracking.uri=''",
+        )
+        fit(config)
+        files = [p for suffix in (".safetensors", ".yaml") for p in folder.rglob(f"*{suffix}")]
+        address, anywhere = str(folder).encode(), b"anywhere"
+        return {
+            str(path.relative_to(folder)): path.read_bytes().replace(address, anywhere)
+            for path in files
+        }
+
+    first, again, other = run("first", 3), run("again", 3), run("other", 4)
+    for name in ("align-000002", "instruct-000002", "checkpoint"):
+        assert f"{name}/connector.safetensors" in first
+        assert f"{name}/adapter/adapter_model.safetensors" in first
+    assert again.keys() == first.keys() == other.keys()
+    assert [name for name, content in again.items() if content != first[name]] == []
+    assert {name for name, content in other.items() if content == first[name]} == set()
+
+
 def test_an_unfinished_run_of_another_configuration_is_left_alone(prepared: Path) -> None:
     from ultra.train.on_ray import fit
 
