@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ultra.config import ConfigError, PipelineConfig, load
+from ultra.data import stream
 from ultra.model import checkpoint
+from ultra.train.alone import fit_alone
 
 TOLERANCE = 5e-3
 """Features are float16, and a batch of other frames may round the last bit another way."""
@@ -99,7 +104,6 @@ def test_features_and_pixels_give_the_same_run(
 
 
 def test_every_exam_is_used_once_an_epoch(prepared: Path) -> None:
-    from ultra.data import stream
     from ultra.train.on_ray import cache_uri
 
     config = configure(prepared)
@@ -110,12 +114,10 @@ def test_every_exam_is_used_once_an_epoch(prepared: Path) -> None:
 
 
 def test_one_seed_gives_one_checkpoint_and_another_seed_another(prepared: Path) -> None:
-    from ultra.train.on_ray import fit
+    from ultra.train.on_ray import cache_uri, fit
 
-    def run(name: str, seed: int) -> dict[str, bytes]:
-        """Train and return the contents of every file that holds tensors or the configuration."""
-        folder = prepared / name
-        config = configure(
+    def configured(folder: Path, seed: int) -> PipelineConfig:
+        return configure(
             prepared,
             "train.stages.0.steps=2",
             "train.stages.1.steps=2",
@@ -126,13 +128,19 @@ def test_one_seed_gives_one_checkpoint_and_another_seed_another(prepared: Path) 
             f"train.output_uri={folder}",
             "tracking.uri=''",
         )
-        fit(config)
+
+    def read(folder: Path) -> dict[str, bytes]:
+        """Return the contents of every file that holds tensors or the configuration."""
         files = [p for suffix in (".safetensors", ".yaml") for p in folder.rglob(f"*{suffix}")]
         address, anywhere = str(folder).encode(), b"anywhere"
         return {
             str(path.relative_to(folder)): path.read_bytes().replace(address, anywhere)
             for path in files
         }
+
+    def run(name: str, seed: int) -> dict[str, bytes]:
+        fit(configured(prepared / name, seed))
+        return read(prepared / name)
 
     first, again, other = run("first", 3), run("again", 3), run("other", 4)
     for name in ("align-000002", "instruct-000002", "checkpoint"):
@@ -141,6 +149,20 @@ def test_one_seed_gives_one_checkpoint_and_another_seed_another(prepared: Path) 
     assert again.keys() == first.keys() == other.keys()
     assert [name for name, content in again.items() if content != first[name]] == []
     assert {name for name, content in other.items() if content == first[name]} == set()
+
+    # A process alone takes the same steps, given the rows in the order that Ray reads them in.
+    config = configured(prepared / "first", 3)
+    source = stream.open_source(config.data, cache_uri(config), "require")
+
+    def stage_rows() -> Iterator[dict[str, Any]]:
+        for window in stream.plan_windows(source.pieces, 3, 0, num_epochs=2):
+            yield from stream.read_window(window, ())
+
+    rows = (row for _ in range(2) for row in islice(stage_rows(), 2 * config.train.batch_size))
+    fit_alone(config, rows, source.num_exams, prepared / "alone")
+    alone = read(prepared / "alone")
+    assert "instruct-000002/adapter/adapter_model.safetensors" in alone
+    assert [name for name, content in alone.items() if content != first[name]] == []
 
 
 def test_an_unfinished_run_of_another_configuration_is_left_alone(prepared: Path) -> None:

@@ -13,12 +13,13 @@ import torch
 from ultra.config import load
 from ultra.model.encoders import FrozenEncoders
 from ultra.model.language import LanguageBranch
-from ultra.train import tiny_backbones
+from ultra.train.tiny_backbones import language
+from ultra.train.tiny_backbones.__main__ import make_backbones
 
 
 @pytest.mark.timeout(600)
 def test_it_writes_backbones_of_the_shipped_kind(tmp_path: Path) -> None:
-    tiny_backbones.make_backbones(tmp_path, num_patients=8, steps=2)
+    make_backbones(tmp_path, num_patients=8, steps=2)
     shipped = load("tiny").model
     made = load(
         "tiny",
@@ -57,13 +58,28 @@ def test_a_mixture_of_facts_weighs_each_exam_by_its_share() -> None:
         def choice(self, seq: Sequence[Any]) -> Any:
             return seq[-1]
 
-    ours = tiny_backbones.Told([], [[3, 4]], [[5]])
-    other = tiny_backbones.Told([], [[3, 6]], [[7, 8]])
+    ours = language.Told([], ([3, 4], None, [5], None, [9, 9], None))
+    other = language.Told([], ([3, 6], None, [7, 8], None, None, None))
     share = 0.3**0.5
-    words = tiny_backbones._mix(ours, other, Plain(), 10)
+    words = language._mix(ours, other, Plain(), 10)
     expected = torch.zeros(10)
     expected[3] = 0.5  # both exams say it
     expected[4], expected[6] = share / 2, (1 - share) / 2
     expected[5] = share
     expected[7] = expected[8] = (1 - share) / 2
-    assert torch.allclose(words, expected.expand(tiny_backbones.NUM_VISUAL, -1))
+    expected[9] = share  # a word said twice counts twice
+    assert torch.allclose(words, expected.expand(language.NUM_VISUAL, -1))
+
+
+def test_the_hidden_lesion_leaves_what_every_frame_shows() -> None:
+    class Hiding(random.Random):
+        def random(self) -> float:
+            return 0.1
+
+    words = language._mix(
+        language.Told([], ([1], [2], [3], [4], [5], [6])),
+        language.Told([], ([7], [7], [8], [8], [8], [8])),
+        Hiding(),
+        9,
+    )
+    assert set(words.sum(0).nonzero()[:, 0].tolist()) == {1, 2}

@@ -134,7 +134,9 @@ def read_window(window: Window, seen: Collection[tuple[int, str]]) -> Iterator[d
         yield row
 
 
-def to_sample(row: Mapping[str, Any], stage: Stage, seed: int, num_tokens: int, dtype: str) -> Sample:
+def to_sample(
+    row: Mapping[str, Any], stage: Stage, seed: int, num_tokens: int, dtype: str
+) -> Sample:
     """Return a row of `read_window` with the conversation its epoch trains on."""
     group = schema.from_row(row)
     conversation = pick_conversation(group, stage, seed, row["epoch"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -77,6 +78,7 @@ def fit_alone(
 @contextmanager
 def _process_group() -> Iterator[None]:
     """Hold a group of this process alone, which DeepSpeed asks for."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it there and nowhere else
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield

@@ -1,0 +1,1 @@
+"""Benchmarks: each prints one JSON line and keeps its last full result in `results/`."""

@@ -1,0 +1,1 @@
+"""The tiny backbones that ultra ships, and the script that makes them."""
