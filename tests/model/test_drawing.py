@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ultra.model.drawing import CHOSEN_COLOUR, VALID_COLOUR, draw_understanding, to_png
+from ultra.model.drawing import (
+    CHOSEN_COLOUR,
+    PADDING_COLOUR,
+    VALID_COLOUR,
+    draw_understanding,
+    to_png,
+)
 from ultra.model.understanding import Understanding
 
 
@@ -44,9 +50,11 @@ def test_frames_carry_their_token_scores_and_their_borders() -> None:
         axis = named(figure, f"frame {index}: {understanding.scores_K[index]:.2f}")
         assert borders(axis) == colours
         picture, veil = axis.images
-        assert picture.get_extent() == [0, 30, 24, 0]
-        assert veil.get_extent() == [0, 30, 30, 0]  # the encoders see padding below
-        assert axis.get_ylim() == (30, 0)
+        assert picture.get_extent() == veil.get_extent() == [0, 30, 30, 0]
+        pixels = np.asarray(picture.get_array())
+        assert pixels.shape == (30, 30, 3)  # the encoders see padding below
+        assert (pixels[:24] == (10 * index, 40, 40)).all()
+        assert (pixels[24:] == PADDING_COLOUR).all()
         # The higher a score, the less of the frame is seen.
         opacity = np.asarray(veil.get_array())[..., 3].flatten()
         assert opacity.argsort().tolist() == scores_KT[index].argsort().tolist()

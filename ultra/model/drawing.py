@@ -26,6 +26,10 @@ CHOSEN_COLOUR, VALID_COLOUR = "#d95f02", "#1b9e77"
 SERIES_COLOURS = ("#7570b3", "#a6761d", "#333333")
 """Each encoder alone, then both."""
 MIN_COLUMNS, MAX_COLUMNS = 4, 8
+MAX_PIXELS = 320
+"""Side of a picture as it is drawn."""
+PADDING_COLOUR = (124, 116, 104)
+"""The mean of ImageNet's pixels, which is what zero stands for after normalisation."""
 SCORE_COLOURS, ATTENTION_COLOURS = "plasma", "viridis"
 INSET = 0.045
 """How far the inner border lies inside the outer one, as a share of the side."""
@@ -124,7 +128,7 @@ def _draw_scores(axis: Axes, understanding: Understanding) -> None:
     axis.get_xticklabels()[understanding.chosen].set(color=CHOSEN_COLOUR, fontweight="bold")
     axis.set_xlabel("frame", fontsize=9)
     axis.set_ylabel("feature score", fontsize=9)
-    axis.margins(y=0.1)
+    axis.margins(x=0.02, y=0.1)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(
@@ -156,13 +160,12 @@ def _draw_under(
     share_T = (values_T - low) / max(high - low, 1e-12)
     veil_T4 = matplotlib.colormaps[colours](share_T)
     veil_T4[:, 3] = 0.1 + 0.55 * share_T
-    shown = picture.convert("RGB")
-    shown.thumbnail((320, 320))
-    axis.imshow(shown, extent=(0, picture.width, picture.height, 0))
+    square = Image.new("RGB", (side, side), PADDING_COLOUR)
+    square.paste(picture)
+    square.thumbnail((MAX_PIXELS, MAX_PIXELS))
+    axis.imshow(square, extent=(0, side, side, 0))
     veil = veil_T4.reshape(cells, cells, 4)
     axis.imshow(veil, extent=(0, side, side, 0), interpolation="nearest")
-    axis.set_xlim(0, side)
-    axis.set_ylim(side, 0)
     return side
 
 
