@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -68,6 +69,10 @@ def record_everything(tracker: Tracker) -> None:
     figure = Figure(figsize=(1, 1))
     figure.subplots().plot([0, 1])
     tracker.figure("frames/E1", figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    for name in ("understanding/E1", "alone"):
+        tracker.picture(name, buffer.getvalue())
     tracker.text("report.html", "<p>超声</p>")
 
 
@@ -101,6 +106,8 @@ def test_a_run_keeps_everything(config: PipelineConfig, tmp_path: Path) -> None:
     table = json.loads(download("answers.json"))
     assert table == {"columns": ["row", "em"], "data": [["model", 0.25], ["constant", None]]}
     assert download("frames/E1.png").startswith(b"\x89PNG")
+    for name in ("understanding/E1.png", "alone.png"):
+        assert download(name).startswith(b"\x89PNG")
     assert download("report.html").decode() == "<p>超声</p>"
     assert "very-secret" not in download("config.yaml").decode()
 

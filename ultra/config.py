@@ -253,6 +253,9 @@ class TrainConfig(Section):
     """Steps between checkpoints; a stage's end always writes one."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     log_every: Positive = 10
+    explained_exams: Annotated[int, Field(ge=0)] = 3
+    """Validation exams of which MLflow gets a picture at the end of every epoch and stage: which
+    tokens scored, what each encoder says alone, and where the answer looked."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,9 @@ class Tracker(Protocol):
     def figure(self, name: str, figure: Figure) -> None:
         """Record a picture as `name`.png."""
 
+    def picture(self, name: str, png: bytes) -> None:
+        """Record a picture that is drawn already as `name`.png."""
+
     def text(self, name: str, content: str) -> None:
         """Record a text file, name with its ending."""
 
@@ -60,6 +64,9 @@ class NullTracker:
         """Drop the rows."""
 
     def figure(self, name: str, figure: Figure) -> None:
+        """Drop the picture."""
+
+    def picture(self, name: str, png: bytes) -> None:
         """Drop the picture."""
 
     def text(self, name: str, content: str) -> None:
@@ -99,6 +106,14 @@ class MlflowTracker:
     def figure(self, name: str, figure: Figure) -> None:
         """Record a picture as `name`.png."""
         self._client.log_figure(self.run_id, figure, f"{name}.png")
+
+    def picture(self, name: str, png: bytes) -> None:
+        """Record a picture that is drawn already as `name`.png."""
+        folder, _, file = name.rpartition("/")
+        with tempfile.TemporaryDirectory() as local:
+            path = Path(local) / f"{file}.png"
+            path.write_bytes(png)
+            self._client.log_artifact(self.run_id, str(path), folder or None)
 
     def text(self, name: str, content: str) -> None:
         """Record a text file, name with its ending."""

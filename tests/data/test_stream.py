@@ -62,6 +62,30 @@ def test_the_order_follows_from_the_seed_alone(config, tmp_path) -> None:
     assert both[26:] == order(0, 1)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_first_exams_of_a_split(config, tmp_path, cached) -> None:
+    cache = write_cache(config, str(tmp_path / "cache")) if cached else str(tmp_path / "none")
+    source = stream.open_source(config, cache, "auto")
+
+    def read_ids(split: str, count: int) -> list[str]:
+        return [row["exam_id"] for row in stream.read_split(source, split, count)]
+
+    assert read_ids("test", 9) == ["exam-3", "exam-20"]
+    assert read_ids("test", 1) == ["exam-3"]
+    assert read_ids("validation", 3) == ["exam-8"]
+    assert read_ids("validation", 0) == []
+    assert read_ids("train", 20) == [f"exam-{i}" for i in range(23) if i not in SPLITS]
+    for row in stream.read_split(source, "test", 2):
+        exam = EXAMS[int(row["exam_id"].split("-")[1])]
+        assert tuple(row["frames"]) == exam.frames
+        sample = stream.to_sample(row, "align", 0, T, "float16")
+        assert sample.conversation.turns == exam.conversations[0].turns
+        if cached:
+            assert sample.features is not None
+            for name, expected in encode(list(exam.frames)).items():
+                np.testing.assert_array_equal(sample.features[name], expected)
+
+
 def test_row_groups_from_all_over_are_mixed(config, tmp_path) -> None:
     source = stream.open_source(config, str(tmp_path / "none"), "auto")
     windows = list(stream.plan_windows(source.pieces, 0, 0, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -67,7 +68,10 @@ def test_predict_answers_a_split(
     found = read_predictions(predict(config))
     wanted = [p for p in expected if p.exam_id in exam_ids]
     # Scores came as float32; everything else is the same to the letter.
-    assert [replace(p, scores=()) for p in found] == [replace(p, scores=()) for p in wanted]
+    plain = [replace(p, scores=(), picture=None) for p in found]
+    assert plain == [replace(p, scores=()) for p in wanted]
+    assert {p.exam_id for p in found if p.picture} == exam_ids  # three at most
+    assert len([p for p in found if p.picture]) == len(exam_ids)
     for p, q in zip(found, wanted, strict=True):
         assert p.scores == pytest.approx(q.scores)
 
@@ -110,6 +114,14 @@ def test_evaluate_scores_and_tracks(
     } <= artifacts
     strips = {a.path for a in client.list_artifacts(run.info.run_id, "frames")}
     assert strips == {"frames/a.png", "frames/b.png", "frames/c.png"}
+    pictures = {a.path for a in client.list_artifacts(run.info.run_id, "understanding")}
+    assert pictures == {f"understanding/{name}.png" for name in "abc"}
+
+    def count_pictures(run_id: str) -> int:
+        report = client.download_artifacts(run_id, "report.html", str(tmp_path))
+        return Path(report).read_text().count("<p>What the answer to")
+
+    assert count_pictures(run.info.run_id) == 3
 
     # The answers that are there are scored again without the checkpoint.
     reuse = {"checkpoint_uri": "nowhere", "reuse_predictions": True, "suites": ("strict",)}
@@ -118,6 +130,8 @@ def test_evaluate_scores_and_tracks(
     assert rescored.metrics["strict/em"] == summary.metrics["strict/em"]
     assert rescored.tables["selection"] == summary.tables["selection"]
     assert not [name for name in rescored.metrics if "llava_med" in name]
+    (latest, _) = client.search_runs([experiment.experiment_id])
+    assert count_pictures(latest.info.run_id) == 3  # they are kept with the answers
 
 
 def test_what_is_missing_is_named(random_config, random_checkpoint, write_exams, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from ultra.data import schema
 from ultra.data.features import unpack
 from ultra.data.prompts import encode_prompt
-from ultra.evaluate.predictions import PREDICTIONS
+from ultra.evaluate.predictions import PREDICTIONS, to_table
 from ultra.evaluate.predictor import Predictor, questions_of
 from ultra.model.splice import splice
 from ultra.types import Conversation, FrameGroup, Turn
@@ -64,12 +66,38 @@ def test_every_frame_has_a_score_whatever_is_shown(
     text = (copy / "config.yaml").read_text()
     assert "strategy: adaptive" in text
     (copy / "config.yaml").write_text(text.replace("strategy: adaptive", f"strategy: {strategy}"))
-    predictor = Predictor(str(copy), max_new_tokens=3)
+    predictor = Predictor(str(copy), max_new_tokens=3, explained={"a", "b"})
     looks = predictor.visual.look([exam.frames for exam in exams[:3]])
     assert [len(look.tokens_TD) for look in looks] == lengths
     predictions = predictor.predict(exams[:3])
     assert [len(p.scores) for p in predictions] == [3, 3, 2, 1]
     assert all(p.token_ids for p in predictions)
+    assert [p.picture is not None for p in predictions] == [True, False, True, False]
+
+
+def test_the_first_answer_of_an_explained_exam_gets_a_picture(
+    random_checkpoint: str, predictor: Predictor, exams: Exams
+) -> None:
+    explaining = Predictor(random_checkpoint, max_new_tokens=7, explained={"a", "c", "elsewhere"})
+    groups = [exams[2], exams[0], exams[1]]
+    found = explaining.predict(groups)
+    pictured = [(p.exam_id, p.task) for p in found if p.picture is not None]
+    assert pictured == [("c", "report"), ("a", "kind")]
+    assert [replace(p, picture=None) for p in found] == predictor.predict(groups)
+    for p in found:
+        if p.picture is not None:
+            with Image.open(io.BytesIO(p.picture)) as image:
+                assert image.format == "PNG"
+    assert to_table(found).column("picture").null_count == 2
+
+
+def test_what_is_explained_is_what_the_answer_saw(predictor: Predictor, exams: Exams) -> None:
+    for exam, p in zip(exams[:2], predictor.predict(exams[:2])[::2], strict=True):
+        understanding = predictor.explain(exam, p)
+        assert understanding.chosen == p.chosen
+        assert understanding.scores_K == pytest.approx(p.scores, abs=1e-5)
+        assert understanding.token_scores_KT.max(-1) == pytest.approx(p.scores, abs=1e-5)
+        assert 0 < understanding.attention_T.sum() < 1
 
 
 @pytest.mark.parametrize("strategy", ["adaptive", "random", "composite"])
@@ -96,6 +124,15 @@ def test_features_and_pixels_give_the_same_answers(
     config.write_text(text)
     blind = Predictor(str(copy), max_new_tokens=7, with_encoders=False)
     assert blind.predict(exams[:2], features) == expected
+    blind.explained = {"b"}
+    pictures = [p.picture is not None for p in blind.predict(exams[:2], features)]
+    assert pictures == [p.exam_id == "b" for p in expected]
+    seen, cached = (
+        each.explain(exams[0], expected[0], given)
+        for each, given in ((predictor, None), (blind, features[0]))
+    )
+    assert seen.token_scores_KT.tolist() == cached.token_scores_KT.tolist()
+    assert seen.attention_T.tolist() == cached.attention_T.tolist()
     assert expected[0].scores[0] != expected[-1].scores[0]
     with pytest.raises(AssertionError, match="frames need the encoders"):
         blind.predict(exams[:2])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from ultra.evaluate.baselines import count_answers
+from ultra.evaluate.on_ray import NUM_EXPLAINED, NUM_SHOWN
 from ultra.evaluate.predictions import Prediction
 from ultra.evaluate.report import (
     build_report,
@@ -18,6 +21,7 @@ from ultra.evaluate.report import (
     show_exam,
     show_results,
     show_table,
+    spread,
     spread_exams,
 )
 from ultra.evaluate.tables import summarise
@@ -95,6 +99,17 @@ def test_says_what_it_is_not() -> None:
     assert "Nothing here is a medical device" in build_report("t", [])
 
 
+def test_an_exam_shows_what_its_answer_rests_on() -> None:
+    first, second = PREDICTIONS[:2]
+    (exam,) = pick_exams([first, replace(second, picture=FRAMES["b"][0])], FRAMES)
+    page = Page(show_exam(exam))
+    last = page.all("img")[-1]
+    assert len(page.all("img")) == 4
+    assert base64.b64decode((last["src"] or "").partition(",")[2]) == FRAMES["b"][0]
+    assert last["alt"] == "What the answer to “第二问” rests on"
+    assert last["alt"] in page.words
+
+
 def test_an_exam_shows_its_frames_and_every_answer() -> None:
     (exam,) = pick_exams(PREDICTIONS, FRAMES)
     page = Page(show_exam(exam))
@@ -138,3 +153,10 @@ def test_shown_exams_are_spread_over_all() -> None:
     assert spread_exams(predictions, 4) == {"a", "c", "e", "g"}
     assert spread_exams(predictions, 20) == set("abcdefgh")
     assert spread_exams([], 4) == set()
+
+
+@pytest.mark.parametrize("num_exams", [1, 2, 3, 7, 12, 110])
+def test_the_explained_exams_are_among_the_shown(num_exams: int) -> None:
+    names = [f"{i:03}" for i in range(num_exams)]
+    assert spread(names, NUM_EXPLAINED) <= spread(names, NUM_SHOWN)
+    assert len(spread(names, NUM_EXPLAINED)) == min(num_exams, NUM_EXPLAINED)

@@ -25,6 +25,7 @@ def configure(root: Path, *overrides: str) -> PipelineConfig:
         [
             f"root={root}",
             "data.simulator.num_patients=10",
+            "data.validation_fraction=0.2",
             "train.stages.0.steps=4",
             "train.stages.1.steps=4",
             "train.batch_size=8",
@@ -73,16 +74,28 @@ def history(config: PipelineConfig, metric: str) -> list[float]:
     return [m.value for m in client.get_metric_history(run.info.run_id, metric)]
 
 
+def artifacts(config: PipelineConfig, folder: str) -> list[str]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(config.tracking.uri)
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], "tags.job = 'train'", max_results=1)
+    return [artifact.path for artifact in client.list_artifacts(run.info.run_id, folder)]
+
+
 def test_features_and_pixels_give_the_same_run(
     prepared: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from ultra.train.on_ray import fit
 
     curves = {}
-    for use in ("require", "pixels"):
+    # The pictures of validation exams are drawn in one run only: they leave the other numbers be.
+    for use, num_explained in (("require", 0), ("pixels", 2)):
         config = configure(
             prepared,
             f"train.features={use}",
+            f"train.explained_exams={num_explained}",
             f"train.output_uri={prepared}/{use}",
             f"tracking.uri=sqlite:///{prepared}/{use}.db",
         )
@@ -92,6 +105,12 @@ def test_features_and_pixels_give_the_same_run(
         assert not (Path(final) / "training").exists()
         curves[use] = {n: history(config, n) for n in ("loss", "redundancy", "alpha", "entropy")}
         assert len(history(config, "samples_per_second")) == 8
+        moments = artifacts(config, "understanding")
+        assert bool(moments) == (num_explained > 0)
+        for moment in moments:
+            assert len(artifacts(config, moment)) == num_explained
+        ends = {f"understanding/{stage}-000004" for stage in ("align", "instruct")}
+        assert num_explained == 0 or ends <= set(moments)
     assert all(len(curve) == 8 for curve in curves["require"].values())
     assert curves["require"]["redundancy"][:5] == [0.0] * 5
     assert all(value > 0 for value in curves["require"]["redundancy"][5:])

@@ -53,6 +53,7 @@ def worker(settings: dict[str, Any]) -> None:
 
     from ultra.model import checkpoint
     from ultra.model.checkpoint import Progress
+    from ultra.model.understanding import understand
     from ultra.train.loop import run_stage
     from ultra.train.stage import begin_stage, write_stage
 
@@ -64,9 +65,19 @@ def worker(settings: dict[str, Any]) -> None:
     base = checkpoint.describe_base(config.model)
     run = begin_stage(config, progress, start, 100, base)
     losses: list[tuple[float, float]] = []
+    exam, understood = next(batches(0)), []  # the same on every worker
 
     def report(step: int, metrics: dict[str, float]) -> None:
         losses.append((metrics["loss"], metrics["redundancy"]))
+        if settings["explain"]:
+            found = understand(
+                run.model.config, run.model.fusion, run.model.scorer, run.model.language,
+                {name: f[:1].to(run.engine.device) for name, f in exam["features"].items()},
+                exam["input_ids_BS"][0].tolist(), exam["labels_BS"][0].tolist(),
+                gather=run.engine.gather,
+            )  # fmt: skip
+            arrays = (found.token_scores_KT, *found.encoder_scores.values(), found.attention_T)
+            understood.append([array.tolist() for array in arrays])
         if step in (CUT, NUM_STEPS):
             target = folder if step == NUM_STEPS else folder / "cut"
             target.mkdir(parents=True, exist_ok=True)
@@ -81,6 +92,7 @@ def worker(settings: dict[str, Any]) -> None:
     weights, moments = run.engine.weights(), run.engine.moments()
     if rank == 0:
         (folder / "losses.json").write_text(json.dumps(losses))
+        (folder / "understood.json").write_text(json.dumps(understood))
         torch.save(weights, folder / "in_memory.pt")
         torch.save({"exp_avg_sq": moments.exp_avg_sq}, folder / "moments.pt")
     run.engine.close()
@@ -88,6 +100,7 @@ def worker(settings: dict[str, Any]) -> None:
 
 def train(
     config: PipelineConfig, folder: Path, zero: int, *, workers: int = 2, start: str = "",
+    explain: bool = False,
 ) -> list[tuple[float, float]]:  # fmt: skip
     import ray.cloudpickle
     import ray.train
@@ -101,7 +114,7 @@ def train(
         "micro_batch_size": 2, "stages": stages,
     }  # fmt: skip
     raw["model"]["selection"]["teacher_warmup_steps"] = 3
-    settings = {"config": raw, "folder": str(folder), "start": start}
+    settings = {"config": raw, "folder": str(folder), "start": start, "explain": explain}
     TorchTrainer(
         worker,
         train_loop_config=settings,
@@ -137,6 +150,24 @@ def test_the_stages_of_zero_agree_and_groups_of_one_and_six_frames_do_not_hang(
     assert (plain[3:, 1] > 0.5).all()  # six frames on worker 0: the teacher is felt
     for zero in (2, 3):
         assert (losses_of(runs[zero]) - plain).abs().max() < TOLERANCE
+
+
+def test_understanding_an_exam_after_every_step_changes_nothing(
+    runs: dict[int, Path], random_config: PipelineConfig, tmp_path: Path
+) -> None:
+    understood = []
+    for zero in (0, 3):
+        train(random_config, tmp_path / f"zero{zero}", zero, explain=True)
+        assert torch.equal(losses_of(tmp_path / f"zero{zero}"), losses_of(runs[zero]))
+        weights = [torch.load(f / "in_memory.pt") for f in (tmp_path / f"zero{zero}", runs[zero])]
+        assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+        understood.append(json.loads((tmp_path / f"zero{zero}" / "understood.json").read_text()))
+    plain, partitioned = understood
+    assert len(plain) == NUM_STEPS
+    assert plain[0] != plain[-1]
+    for ours, theirs in zip(plain, partitioned, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])

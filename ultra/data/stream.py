@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from ultra import storage
@@ -16,7 +17,7 @@ from ultra.config import ConfigError, DataConfig
 from ultra.data import parquet, schema
 from ultra.data.collate import Sample, pick_conversation
 from ultra.data.features import features_uri, read_features, unpack
-from ultra.types import Stage
+from ultra.types import Split, Stage
 
 ROW_GROUPS_PER_WINDOW = 4
 
@@ -132,6 +133,29 @@ def read_window(window: Window, seen: Collection[tuple[int, str]]) -> Iterator[d
         if piece.features_uri:
             row["features"] = next(readers[piece.features_uri])
         yield row
+
+
+def read_split(source: Source, split: Split, count: int) -> list[dict[str, Any]]:
+    """Return the first `count` exams of a split, or as many as there are.
+
+    A row is one of the exams table, with `epoch` 0, and with `features` beside `frames` where there
+    are features.
+    """
+    found: list[dict[str, Any]] = []
+    for part_uri, group in groupby(source.pieces, key=lambda piece: piece.part_uri):
+        if len(found) == count:
+            break
+        pieces = list(group)
+        splits = parquet.read_column(part_uri, "split")
+        places = [place for place, name in enumerate(splits) if name == split]
+        for place in places[: count - len(found)]:
+            piece = max((p for p in pieces if p.first_row <= place), key=lambda p: p.first_row)
+            row = parquet.read_row_group(part_uri, piece.row_group)[place - piece.first_row]
+            if piece.features_uri:
+                wanted = [(place, row["content_sha256"])]
+                row["features"] = next(read_features(piece.features_uri, wanted))
+            found.append({**row, "epoch": 0})
+    return found
 
 
 def to_sample(

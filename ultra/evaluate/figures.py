@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-CHOSEN_COLOUR, VALID_COLOUR = "#d95f02", "#1b9e77"
+from ultra.model.drawing import CHOSEN_COLOUR, INSET, VALID_COLOUR, outline
 
 
 def draw_strip(
@@ -45,18 +44,11 @@ def draw_strip(
         axis.set_title(f"{scores[index]:.2f}", y=-0.16, fontsize=9)
         height, width = pixels.shape[:2]
         if index == chosen:
-            _outline(axis, width, height, 0.0, CHOSEN_COLOUR)
+            outline(axis, width, height, 0.0, CHOSEN_COLOUR)
         if valid is not None and valid[index]:
-            _outline(axis, width, height, 0.045, VALID_COLOUR)
+            outline(axis, width, height, INSET, VALID_COLOUR)
     figure.suptitle(title or "orange: chosen, green: valid", fontsize=9)
     return figure
-
-
-def _outline(axis: Any, width: int, height: int, inset: float, colour: str) -> None:
-    left, top = inset * width, inset * height
-    x = [left, width - left, width - left, left, left]
-    y = [top, top, height - top, height - top, top]
-    axis.plot(x, y, color=colour, linewidth=3, clip_on=False)
 
 
 def draw_curves(history: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:

@@ -21,14 +21,20 @@ from ultra.evaluate.predictions import (
     read_predictions,
 )
 from ultra.evaluate.predictor import Predictor
-from ultra.evaluate.report import build_report, pick_exams, show_results, spread_exams
+from ultra.evaluate.report import (
+    build_report,
+    pick_exams,
+    show_results,
+    spread,
+    spread_exams,
+)
 from ultra.evaluate.results import write_tables
 from ultra.evaluate.tables import Summary
 from ultra.model import checkpoint
 from ultra.tracking import Tracker, open_run, read_history
 
-NUM_SHOWN = 12
-"""Exams shown as pictures."""
+NUM_SHOWN, NUM_EXPLAINED = 12, 3
+"""Exams shown as pictures, and those of them that also show what an answer rests on."""
 
 
 def predict(config: PipelineConfig) -> str:
@@ -49,6 +55,7 @@ def predict(config: PipelineConfig) -> str:
             "checkpoint_uri": settings.checkpoint_uri,
             "max_new_tokens": settings.max_new_tokens,
             "device": "cuda" if settings.gpus_per_replica else "cpu",
+            "explained": spread(exam_ids, NUM_EXPLAINED),
         },
         batch_size=settings.batch_size,
         batch_format="pyarrow",
@@ -121,6 +128,8 @@ def _show(
         p = exam.predictions[0]
         figure = draw_strip(exam.frames, p.scores, p.chosen, p.valid)
         tracker.figure(f"frames/{p.exam_id}", figure)
+        for png in (p.picture for p in exam.predictions if p.picture is not None):
+            tracker.picture(f"understanding/{p.exam_id}", png)
     curves = read_history(config, "train")
     if curves:
         tracker.figure("training_curves", draw_curves(curves))

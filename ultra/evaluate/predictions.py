@@ -33,6 +33,8 @@ class Prediction:
         token_ids: the answer as the language model gave it.
         finish_reason: `stop`, or `length` for an answer that was cut.
         content_sha256: digest of the exam's frames.
+        picture: PNG of what the answer rests on, as `draw_understanding` has it; None but for one
+            answer of a few exams.
     """
 
     exam_id: str
@@ -50,6 +52,7 @@ class Prediction:
     token_ids: tuple[int, ...]
     finish_reason: str
     content_sha256: str
+    picture: bytes | None = None
 
 
 PREDICTIONS = pa.schema(
@@ -69,6 +72,7 @@ PREDICTIONS = pa.schema(
         ("token_ids", pa.list_(pa.int64())),
         ("finish_reason", pa.string()),
         ("content_sha256", pa.string()),
+        ("picture", pa.binary()),
     ]
 )
 

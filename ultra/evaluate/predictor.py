@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 import torch
@@ -14,8 +15,12 @@ from ultra.data.prompts import encode_prompt
 from ultra.evaluate.baselines import find_blobs
 from ultra.evaluate.predictions import Prediction, questions_in, to_table
 from ultra.model import checkpoint
+from ultra.model.drawing import draw_understanding, to_png
 from ultra.model.generation import Completion, Generator, Request
-from ultra.types import FrameGroup, Turn, VisualTokens
+from ultra.model.llava_ultra import draw_number
+from ultra.model.strategies import find_strategy, num_visual_tokens
+from ultra.model.understanding import Understanding, understand
+from ultra.types import IGNORED, FrameGroup, Turn, VisualTokens
 
 Question = tuple[str, str, str | None]
 """(task, question, truth)."""
@@ -29,6 +34,7 @@ class Predictor:
         max_new_tokens: longest answer.
         device: where torch runs, `cpu` or `cuda`.
         with_encoders: False loads no encoder, for one that is always given features.
+        explained: ids of the exams whose first answer, by task and question, gets a picture.
     """
 
     def __init__(
@@ -38,9 +44,11 @@ class Predictor:
         device: str = "cpu",
         *,
         with_encoders: bool = True,
+        explained: Collection[str] = (),
     ) -> None:
         self.max_new_tokens = max_new_tokens
         self.device = device
+        self.explained = explained
         self.config = checkpoint.read(checkpoint_uri).config.model
         self.visual = checkpoint.load_visual(checkpoint_uri, device, with_encoders=with_encoders)
         self.language = checkpoint.load_language(checkpoint_uri, device)
@@ -74,21 +82,28 @@ class Predictor:
             for request in requests
         ]
         blobs = {group.exam_id: _gradable_blobs(group) for group in groups}
-        return [
+        predictions = [
             self._prediction(group, look, question, completion, blobs[group.exam_id])
             for (group, look, question), completion in zip(asked, completions, strict=True)
         ]
+        return self._add_pictures(groups, features, predictions)
 
     def _look(
         self, groups: Sequence[FrameGroup], features: Sequence[Features] | None
     ) -> list[VisualTokens]:
         if features is None:
             return self.visual.look([group.frames for group in groups])
-        looks = []
-        for group, arrays in zip(groups, features, strict=True):
-            batch = {n: torch.from_numpy(a)[None].to(self.device) for n, a in arrays.items()}
-            looks.append(self.visual.choose(batch, group.frames))
-        return looks
+        return [
+            self.visual.choose(self._features(group, arrays), group.frames)
+            for group, arrays in zip(groups, features, strict=True)
+        ]
+
+    def _features(self, group: FrameGroup, arrays: Features | None) -> dict[str, torch.Tensor]:
+        """Return encoder name -> (1, K, T, F), of the cache or of the frames."""
+        if arrays is not None:
+            return {n: torch.from_numpy(a)[None].to(self.device) for n, a in arrays.items()}
+        assert self.visual.encoders is not None, "frames need the encoders"
+        return {n: f[None] for n, f in self.visual.encoders.encode([group.frames]).items()}
 
     def _request(self, group: FrameGroup, look: VisualTokens, question: Question) -> Request:
         turns = [Turn("user", question[1])]
@@ -126,6 +141,50 @@ class Predictor:
             finish_reason=completion.finish_reason,
             content_sha256=schema.content_digest(group.frames),
         )
+
+    def explain(
+        self, group: FrameGroup, prediction: Prediction, features: Features | None = None
+    ) -> Understanding:
+        """Return what a prediction about a group rests on; features as in `predict`."""
+        visual, language = self.visual, self.language
+        prompt = encode_prompt(
+            language.tokenizer,
+            self.config.language.template,
+            [Turn("user", prediction.question)],
+            num_visual_tokens(self.config, len(group.frames)),
+        )
+        return understand(
+            self.config,
+            visual.fusion,
+            visual.scorer,
+            language,
+            self._features(group, features),
+            [*prompt, *prediction.token_ids],
+            [*[IGNORED] * len(prompt), *prediction.token_ids],
+            draw_number(group.frames),
+        )
+
+    def _add_pictures(
+        self,
+        groups: Sequence[FrameGroup],
+        features: Sequence[Features] | None,
+        predictions: Sequence[Prediction],
+    ) -> list[Prediction]:
+        given: Sequence[Features | None] = features or [None] * len(groups)
+        left = {
+            group.exam_id: (group, arrays)
+            for group, arrays in zip(groups, given, strict=True)
+            if group.exam_id in self.explained
+        }
+        pictures = find_strategy(self.config).pictures
+        drawn: dict[int, bytes] = {}
+        for p in sorted(predictions, key=lambda p: (p.task, p.question)):
+            if p.token_ids and p.exam_id in left:
+                group, arrays = left.pop(p.exam_id)
+                understanding = self.explain(group, p, arrays)
+                shown = list(pictures(group.frames))
+                drawn[id(p)] = to_png(draw_understanding(understanding, shown, group.valid))
+        return [replace(p, picture=drawn.get(id(p))) for p in predictions]
 
 
 def questions_of(group: FrameGroup) -> list[Question]:

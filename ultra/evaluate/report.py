@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from ultra.evaluate.figures import draw_curves
 from ultra.evaluate.predictions import Prediction
 from ultra.evaluate.tables import Summary
+from ultra.model.drawing import to_png
 
 NOTICE = "Nothing here is a medical device, or may be used for diagnosis or treatment."
 
@@ -40,6 +40,12 @@ _INTERVALS = (
     "other exams like these, with this same model."
 )
 _STRIPS = "Orange outside: the frame the model chose. Green inside: shows what the report says."
+_PICTURES = (
+    "Under some exams, above: how each token of each frame scored (Eq. 3), the best one bordered "
+    "white. Below, on the left: the scores of the frames by each encoder alone and fused by alpha, "
+    "a star over the best; on the right: where the answer looked, the mean over layers, heads and "
+    "tokens of the answer. What is missing to 100 % went to the text."
+)
 
 _STYLE = """
 body { font: 16px/1.5 "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif;
@@ -71,8 +77,13 @@ class Exam:
 
 def spread_exams(predictions: Iterable[Prediction], count: int) -> set[str]:
     """Return the ids of at most `count` exams, evenly spread over all in their order."""
-    exam_ids = sorted({p.exam_id for p in predictions})
-    return {exam_ids[i * len(exam_ids) // count] for i in range(count)} if exam_ids else set()
+    return spread({p.exam_id for p in predictions}, count)
+
+
+def spread(names: Iterable[str], count: int) -> set[str]:
+    """Return at most `count` names, evenly spread over all in their order."""
+    ordered = sorted(names)
+    return {ordered[i * len(ordered) // count] for i in range(count)} if ordered else set()
 
 
 def pick_exams(
@@ -132,7 +143,7 @@ def show_results(
     if curves:
         sections.append(("Training", show_figure(draw_curves(curves), "training curves")))
     shown = "\n".join(show_exam(exam) for exam in exams)
-    return [*sections, ("Exams", f"<p>{_STRIPS}</p>\n{shown}")]
+    return [*sections, ("Exams", f"<p>{_STRIPS} {_PICTURES}</p>\n{shown}")]
 
 
 def show_by_suite(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -172,7 +183,10 @@ def _cell(value: Any) -> str:
 
 
 def show_exam(exam: Exam) -> str:
-    """Return an exam's frames, the chosen one outlined, and its questions with their answers."""
+    """Return an exam's frames, its questions with their answers, and what an answer rests on.
+
+    The chosen frame is outlined; what the answer rests on is shown where a picture of it was kept.
+    """
     first = exam.predictions[0]
     strip = "\n".join(_show_frame(index, frame, first) for index, frame in enumerate(exam.frames))
     rows = []
@@ -182,7 +196,15 @@ def show_exam(exam: Exam) -> str:
     return (
         f"<h3>{escape(first.exam_id)} · {escape(first.site)}</h3>\n"
         f'<div class="strip">\n{strip}\n</div>\n{show_table(rows)}'
+        + "".join(_show_picture(p) for p in exam.predictions)
     )
+
+
+def _show_picture(prediction: Prediction) -> str:
+    if prediction.picture is None:
+        return ""
+    about = f"What the answer to “{prediction.question}” rests on"
+    return f"\n<p>{escape(about)}</p>\n{_show_png(prediction.picture, about)}"
 
 
 def _show_frame(index: int, frame: bytes, prediction: Prediction) -> str:
@@ -202,9 +224,11 @@ def _show_frame(index: int, frame: bytes, prediction: Prediction) -> str:
 
 def show_figure(figure: Figure, alt: str) -> str:
     """Return a matplotlib figure as an HTML picture."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return f'<img class="wide" alt="{escape(alt)}" src="{_data_uri(buffer.getvalue())}">'
+    return _show_png(to_png(figure), alt)
+
+
+def _show_png(png: bytes, alt: str) -> str:
+    return f'<img class="wide" alt="{escape(alt)}" src="{_data_uri(png)}">'
 
 
 def _data_uri(picture: bytes) -> str:

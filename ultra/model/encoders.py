@@ -7,21 +7,19 @@ frame, or all that the group strategy composes into one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ultra import storage
 from ultra.config import ConfigError, EncoderConfig, ModelConfig
 from ultra.model.clip import ClipEncoder
 from ultra.model.dinov2 import Dinov2Encoder
-from ultra.model.pictures import decode
 from ultra.model.sam import SamEncoder
 from ultra.model.strategies import find_strategy
 from ultra.model.vision_encoder import VisionEncoder, digest_weights
@@ -47,7 +45,7 @@ class FrozenEncoders:
 
     def __init__(self, config: ModelConfig, device: str = "cpu") -> None:
         self.config = config.vision
-        self.compose = find_strategy(config).compose
+        self.pictures = find_strategy(config).pictures
         self.device = torch.device(device)
         # A module draws weights before those of its file replace them. Training from pixels builds
         # its encoders between seeding a step and taking it, and must draw as it does from features.
@@ -69,7 +67,7 @@ class FrozenEncoders:
         parts: dict[str, list[Tensor]] = {name: [] for name in self.encoders}
         dtype = getattr(torch, self.config.dtype)
         autocast = torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
-        pictures = self._pictures(groups)
+        pictures = chain.from_iterable(map(self.pictures, groups))
         while images := list(islice(pictures, chunk)):
             for name, encoder in self.encoders.items():
                 pixels = torch.stack([encoder.preprocess(image) for image in images])
@@ -80,13 +78,6 @@ class FrozenEncoders:
     def __call__(self, frames: Sequence[bytes]) -> dict[str, NDArray[np.floating[Any]]]:
         """Return what `encode` does of one group, as numpy: the form the feature cache keeps."""
         return {name: tensor.cpu().numpy() for name, tensor in self.encode([frames]).items()}
-
-    def _pictures(self, groups: Sequence[Sequence[bytes]]) -> Iterator[Image.Image]:
-        for frames in groups:
-            if self.compose is None:
-                yield from map(decode, frames)
-            else:
-                yield self.compose(frames)
 
 
 def find_encoder(config: EncoderConfig) -> type[VisionEncoder]:

@@ -140,15 +140,35 @@ class VisualBranch:
 
         The frames of a composite share its score.
         """
-        strategy = find_strategy(self.config)
         visual_1KTD = self.fusion(features)
-        mask_1K = torch.ones(visual_1KTD.shape[:2], dtype=torch.bool, device=visual_1KTD.device)
-        scores_1K = self.scorer(visual_1KTD, mask_1K)
-        gates_1K = gate_frames(scores_1K, self.config.selection, training=False)
-        # The same exam gives the same answer: the draw comes from the frames themselves.
-        digest = hashlib.sha256(b"".join(hashlib.sha256(f).digest() for f in frames)).digest()
-        tokens_VD, chosen = strategy.show(
-            Groups(visual_1KTD, scores_1K, gates_1K, mask_1K), int.from_bytes(digest[:8], "big")
-        )
+        scores_1K = self.scorer(visual_1KTD, all_real(visual_1KTD))
+        tokens_VD, chosen = show_group(self.config, visual_1KTD, scores_1K, draw_number(frames))
         scores = scores_1K[0].expand(len(frames)).tolist()
         return VisualTokens(tokens_VD.float().cpu().numpy(), chosen, tuple(scores))
+
+
+def show_group(
+    config: ModelConfig, visual_1KTD: Tensor, scores_1K: Tensor, draw: int
+) -> tuple[Tensor, int]:
+    """Return what inference shows of one group: visual_VD, and the picture the answer rests on.
+
+    Args:
+        config: names the strategy.
+        visual_1KTD: H_v of every picture.
+        scores_1K: their feature scores.
+        draw: what `draw_number` gives of the frames.
+    """
+    gates_1K = gate_frames(scores_1K, config.selection, training=False)
+    group = Groups(visual_1KTD, scores_1K, gates_1K, all_real(visual_1KTD))
+    return find_strategy(config).show(group, draw)
+
+
+def all_real(visual_BKTD: Tensor) -> Tensor:
+    """Return the mask_BK of groups without padding."""
+    return torch.ones(visual_BKTD.shape[:2], dtype=torch.bool, device=visual_BKTD.device)
+
+
+def draw_number(frames: Sequence[bytes]) -> int:
+    """Return the number that strategies draw with: from the frames, so that answers repeat."""
+    digest = hashlib.sha256(b"".join(hashlib.sha256(f).digest() for f in frames)).digest()
+    return int.from_bytes(digest[:8], "big")

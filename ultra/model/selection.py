@@ -27,16 +27,23 @@ class FrameScorer(nn.Module):
 
     def forward(self, visual_BKTD: Tensor, mask_BK: Tensor) -> Tensor:
         """Return scores_BK in float32; padding scores MASKED."""
-        normed = functional.layer_norm(visual_BKTD.float(), visual_BKTD.shape[-1:])
-        scores_BKT = normed @ self.weight.float()
+        scores_BKT = self.score_tokens(visual_BKTD)
         if self.query is not None:
-            share_BKT = torch.softmax(normed @ self.query.float(), dim=-1)
+            share_BKT = torch.softmax(_normalise(visual_BKTD) @ self.query.float(), dim=-1)
             scores_BK = (share_BKT * scores_BKT).sum(-1)
         elif self.pool == "max":
             scores_BK = scores_BKT.amax(-1)
         else:
             scores_BK = scores_BKT.mean(-1)
         return scores_BK.masked_fill(~mask_BK, MASKED)
+
+    def score_tokens(self, visual_BKTD: Tensor) -> Tensor:
+        """Return scores_BKT in float32: w . LN(h_t), before the tokens of a frame are pooled."""
+        return _normalise(visual_BKTD) @ self.weight.float()
+
+
+def _normalise(visual_BKTD: Tensor) -> Tensor:
+    return functional.layer_norm(visual_BKTD.float(), visual_BKTD.shape[-1:])
 
 
 def gate_frames(scores_BK: Tensor, config: SelectionConfig, training: bool) -> Tensor:

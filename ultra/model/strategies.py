@@ -7,7 +7,7 @@ frame, or all that a strategy composes into one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ultra.config import ConfigError, ModelConfig
-from ultra.model.pictures import compose
+from ultra.model.pictures import compose, decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,13 @@ class Strategy:
     def num_pictures(self, num_frames: int) -> int:
         """Return how many pictures the encoders see of a group of so many frames."""
         return 1 if self.compose else num_frames
+
+    def pictures(self, frames: Sequence[bytes]) -> Iterator[Image.Image]:
+        """Yield the pictures that the encoders see of a group's encoded frames."""
+        if self.compose is None:
+            yield from map(decode, frames)
+        else:
+            yield self.compose(frames)
 
 
 def find_strategy(config: ModelConfig) -> Strategy:

@@ -49,15 +49,19 @@ class Fusion(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
         """Return (..., T, D) visual tokens of encoder name -> (..., T, F) features."""
-        projected: list[Tensor] = []
+        first, *others = self.project(features).values()
+        if self.alpha is None:
+            return first
+        fused: Tensor = self.alpha * first + (1 - self.alpha) * others[0]
+        return fused
+
+    def project(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return encoder name -> (..., T, D): what each would give by itself, before the sum."""
+        projected: dict[str, Tensor] = {}
         for name, projector in self.projectors.items():
             raw = features[name].to(next(projector.parameters()).dtype)
-            projected.append(projector(functional.layer_norm(raw, raw.shape[-1:])))
-        if self.alpha is None:
-            return projected[0]
-        first, second = projected
-        fused: Tensor = self.alpha * first + (1 - self.alpha) * second
-        return fused
+            projected[name] = projector(functional.layer_norm(raw, raw.shape[-1:]))
+        return projected
 
 
 def _build_projector(kind: str, fan_in: int, width: int, embedding_std: float) -> nn.Module:

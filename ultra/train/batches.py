@@ -49,12 +49,7 @@ def read_inputs(
         encoders: encode the frames; None where the rows have features.
         used: called with every batch.
     """
-    train, model = run.config.train, run.config.model
-    language = model.language
-    collate = Collator(
-        run.model.language.tokenizer, language.template, partial(num_visual_tokens, model),
-        language.max_length, run.model.strategy.num_pictures,
-    )  # fmt: skip
+    train, model, collate = run.config.train, run.config.model, collator_of(run)
     for rows in steps:
         samples = [
             to_sample(row, run.stage.name, train.seed, model.tokens_per_frame, model.vision.dtype)
@@ -65,6 +60,16 @@ def read_inputs(
             batch = collate(samples[start : start + train.micro_batch_size])
             used(batch)
             yield to_inputs(batch, encoders, run.engine.device)
+
+
+def collator_of(run: StageRun) -> Collator:
+    """Return what pads the samples of a stage."""
+    model = run.config.model
+    language = model.language
+    return Collator(
+        run.model.language.tokenizer, language.template, partial(num_visual_tokens, model),
+        language.max_length, run.model.strategy.num_pictures,
+    )  # fmt: skip
 
 
 def to_inputs(

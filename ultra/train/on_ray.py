@@ -25,6 +25,7 @@ from ultra.train.batches import read_inputs
 from ultra.train.loop import Inputs, Metrics, run_stage
 from ultra.train.progress import StepLog, UsedExams
 from ultra.train.stage import StageRun, begin_stage, describe_parts, write_stage
+from ultra.train.understanding import PictureLog
 
 
 def fit(config: PipelineConfig) -> str:
@@ -104,11 +105,13 @@ def _run(
         train.log_every,
     )  # fmt: skip
     used = UsedExams(progress, source.num_exams)
+    pictures = PictureLog(run, source, tracker)
     saved = ""
 
     def report(step: int, metrics: Metrics) -> None:
         nonlocal saved
         log.add(step, metrics)
+        pictures.add(step)
         done = step == schedule.num_steps
         if done or (train.checkpoint_every and step % train.checkpoint_every == 0):
             epoch, seen = used.merge()
