@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.data
 import yaml
 
 from benchmarks.ablation_tables import FULL, Run, blind_runs, draw, flat, summarise, to_markdown
@@ -146,9 +147,11 @@ def run_all(rows: Sequence[Row], seeds: Sequence[int]) -> None:
     Tasks run beside each other, one on a CPU.
     """
     if not ray.is_initialized():
-        # In a job the address is given, and neither CPUs nor memory are ours to choose.
-        alone = "RAY_ADDRESS" not in os.environ
-        ray.init(**({"object_store_memory": OBJECT_STORE_BYTES} if alone else {}))
+        if "RAY_ADDRESS" in os.environ:
+            ray.init()  # a job's cluster: its CPUs and memory are not ours to choose
+        else:
+            ray.init(object_store_memory=OBJECT_STORE_BYTES)
+    ray.data.DataContext.get_current().enable_progress_bars = False
     for row in rows:
         _prepare(row.config)
     run = ray.remote(num_cpus=1, max_retries=1)(run_row)
@@ -177,9 +180,9 @@ def _prepare(config: PipelineConfig) -> None:
         storage.write_bytes(storage.join(data.exams_uri, "conversations.json"), b"{}")
         print(f"{data.exams_uri}: {counts.summary()}", flush=True)
     build = partial(FrozenEncoders, config.model, "cpu")
-    counts = encode(data, config.encode, build, _cache_uri(config))
-    if counts.frames:
-        print(f"{_cache_uri(config)}: {counts.frames} frames encoded", flush=True)
+    encoded = encode(data, config.encode, build, _cache_uri(config))
+    if encoded.frames:
+        print(f"{_cache_uri(config)}: {encoded.frames} frames encoded", flush=True)
 
 
 def _cache_uri(config: PipelineConfig) -> str:

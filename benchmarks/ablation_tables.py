@@ -139,8 +139,12 @@ def _metrics(lesions: set[str]) -> dict[str, Metric]:
         "em": em,
         "lesion": _among(em, lambda p: p.exam_id in lesions),
         "f1": strict["strict/f1-char"],
-        **{task: _among(em, lambda p, task=task: p.task == task) for task in TASKS},
+        **{task: _among(em, _asks(task)) for task in TASKS},
     }
+
+
+def _asks(task: str) -> Callable[[Prediction], bool]:
+    return lambda p: p.task == task
 
 
 def _among(metric: Metric, belongs: Callable[[Prediction], bool]) -> Metric:

@@ -79,7 +79,8 @@ def fit_alone(
 def _process_group() -> Iterator[None]:
     """Hold a group of this process alone, which DeepSpeed asks for."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it there and nowhere else
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
     finally:

@@ -59,8 +59,15 @@ def simulate_frames(num_patients: int) -> Frames:
     pairs = list(simulated_exams(config, SEED))
     with get_context("spawn").Pool(2) as pool:
         parts = pool.map(functools.partial(_simulate_one, config), pairs, chunksize=16)
-    *arrays, groups = zip(*parts, strict=True)
-    return Frames(*map(np.concatenate, arrays), list(groups))
+    groups, pixels, captions, masks, sizes, margins = zip(*parts, strict=True)
+    return Frames(
+        np.concatenate(pixels),
+        np.concatenate(captions),
+        np.concatenate(masks),
+        np.concatenate(sizes),
+        np.concatenate(margins),
+        list(groups),
+    )
 
 
 def _simulate_one(config: SimulatorConfig, pair: tuple[int, int]) -> tuple[Any, ...]:
@@ -68,7 +75,7 @@ def _simulate_one(config: SimulatorConfig, pair: tuple[int, int]) -> tuple[Any, 
     pixels = np.stack([np.array(decode(frame).convert("L")) for frame in exam.group.frames])
     valid = exam.group.valid or ()
     captions = np.array([np.isin(WORDS, _caption(exam.truth, v)) for v in valid])
-    return pixels, captions, *_label_pixels(exam), exam.group
+    return exam.group, pixels, captions, *_label_pixels(exam)
 
 
 def _caption(truth: Truth, valid: bool) -> list[str]:
