@@ -6,14 +6,16 @@
 Every row and seed of ablation.yaml is one task of the Ray cluster: it trains from the feature
 cache, answers the test split and keeps the answers. What is kept is not done again, so the same
 command goes on where it was stopped. Tables and a picture follow from the answers alone
-(`--tables-only`); they go to `benchmarks/results`, and to MLflow.
+(`--tables-only`); they go to the root, to `benchmarks/results` and to MLflow.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import platform
 import random
 import sys
 import tempfile
@@ -309,20 +311,26 @@ def gather(rows: Sequence[Row], seeds: Sequence[int]) -> list[Run]:
 
 
 def write_results(runs: Sequence[Run], config: PipelineConfig, name: str) -> None:
-    """Write JSON, Markdown and the picture, into `results` and MLflow; print one JSON line."""
+    """Write JSON, Markdown and the picture, under the root, here and to MLflow; print one line."""
     results = {
-        "command": f"python -m {__spec__.name} {' '.join(sys.argv[1:])}".strip(),
-        "versions": {package: version(package) for package in PACKAGES}
-        | {"python": sys.version.split()[0]},
+        "command": " ".join(["python -m benchmarks.ablation", *sys.argv[1:]]),
+        "versions": {package: version(package) for package in PACKAGES},
+        "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "steps": [stage.steps for stage in config.train.stages],
         **summarise(runs),
     }
     table, picture = to_markdown(results), draw(results)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    (RESULTS / f"{name}.md").write_text(table)
-    picture.savefig(RESULTS / f"{name}.png", dpi=110)
+    png = io.BytesIO()
+    picture.savefig(png, format="png", dpi=110)
+    files = {
+        f"{name}.json": json.dumps(results, indent=1, ensure_ascii=False).encode() + b"\n",
+        f"{name}.md": table.encode(),
+        f"{name}.png": png.getvalue(),
+    }
+    for file, content in files.items():
+        storage.write_bytes(storage.join(config.root, "results", file), content)
+        storage.write_bytes(str(RESULTS / file), content)
     with open_run(config, "ablation") as tracker:
         tracker.table("rows", [flat(row) for row in results["rows"]])
         tracker.table("differences", results["differences"])

@@ -95,6 +95,10 @@ def summarise(runs: Sequence[Run]) -> Results:
 
     A score has the mean over seeds, the standard deviation and every value; a difference is
     paired: the same questions about the same exams, all seeds added, exams drawn by the bootstrap.
+    So its interval is about other exams; what other seeds do, `by_seed` shows.
+
+    Args:
+        runs: of all rows, those of the full model first.
     """
     by_name: dict[str, list[Run]] = {}
     for run in runs:
@@ -114,7 +118,10 @@ def summarise(runs: Sequence[Run]) -> Results:
         )  # fmt: skip
         if name != FULL:
             for column, difference in _compare(members, full, metrics).items():
-                differences.append({"row": name, "metric": column, **difference})
+                by_seed = _gains(rows[-1][column], rows[0][column])
+                differences.append(
+                    {"row": name, "metric": column, **difference, "by_seed": by_seed}
+                )
     gradable = gradable_exams(full[0].predictions)
     chance = statistics.mean(sum(p.valid or ()) / len(p.valid or ()) for p in gradable)
     rows.append(
@@ -204,6 +211,10 @@ def _compare(
     return {name: asdict(difference) for name, difference in compared.items()}
 
 
+def _gains(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[float]:
+    return [b - a for a, b in zip(theirs["values"], ours["values"], strict=False)]
+
+
 def _plain(p: Prediction) -> Prediction:
     """Return a prediction whose question does not tell the site, to pair rows with and without."""
     return replace(p, question=p.question.removeprefix(CUE.format(p.site)))
@@ -223,33 +234,43 @@ def flat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_markdown(results: Results) -> str:
     """Return the tables as Markdown."""
+    heads = ["row", "runs", *HEADINGS.values(), "full -", "visual tokens", *COSTS.values()]
+    gains = {(d["row"], d["metric"]): d for d in results["differences"]}
     lines = [
         f"{results['questions']} questions about {results['exams']} exams of patients never "
         f"trained on; frames are graded in {results['gradable_exams']} of them (chance "
         f"{results['selection_chance']:.3f}). Mean over the seeds, standard deviation behind ±. "
         "`full -` is the full model's exact match less the row's: paired, with the 95 % interval "
-        "of a bootstrap over exams. CPU seconds an exam are ratios to the full model's.",
+        "of a bootstrap over exams, and in how many seeds it is above zero. CPU seconds an exam "
+        "are ratios to the full model's.",
         "",
-    ]  # fmt: skip
-    heads = ["row", "runs", *HEADINGS.values(), "full -", "visual tokens", *COSTS.values()]
-    gains = {d["row"]: d for d in results["differences"] if d["metric"] == "em"}
+    ]
     for table in dict.fromkeys(row["table"] for row in results["rows"]):
-        lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-        for row in results["rows"]:
-            if row["table"] != table:
-                continue
-            tokens = row["visual_tokens"]
-            cells = [
+        cells = [
+            [
                 row["title"],
-                str(row["runs"]),
+                str(row["runs"] or ""),
                 *(_cell(row[name]) for name in HEADINGS),
-                _gain(gains.get(row["row"])),
-                "" if tokens is None else f"{tokens:.0f}",
+                _gain(gains.get((row["row"], "em"))),
+                "" if row["visual_tokens"] is None else f"{row['visual_tokens']:.0f}",
                 *(_cell(row[name], 2) for name in COSTS),
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+            for row in results["rows"]
+            if row["table"] == table
+        ]
+        lines += [*_table(heads, cells), ""]
+    blind = [row for row in results["rows"] if row["table"] == "blind" and row["runs"]]
+    cells = [
+        [row["title"], *(_gain(gains.get((row["row"], name))) for name in HEADINGS)]
+        for row in blind
+    ]
+    lines += ["What the full model gains over answers and choices without a model:", ""]
+    return "\n".join([*lines, *_table(["row", *HEADINGS.values()], cells), ""])
+
+
+def _table(heads: Sequence[str], cells: Iterable[Sequence[str]]) -> list[str]:
+    rows = [f"| {' | '.join(row)} |" for row in cells]
+    return [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *rows]
 
 
 def _cell(score: Mapping[str, Any] | None, digits: int = 3) -> str:
@@ -262,7 +283,9 @@ def _cell(score: Mapping[str, Any] | None, digits: int = 3) -> str:
 def _gain(difference: Mapping[str, Any] | None) -> str:
     if difference is None:
         return ""
-    return "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
+    by_seed = difference["by_seed"]
+    above = f"{sum(gain > 0 for gain in by_seed)}/{len(by_seed)}"
+    return "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference) + f" {above}"
 
 
 def draw(results: Results) -> Figure:

@@ -129,12 +129,13 @@ def test_scores_and_differences_by_hand() -> None:
     gains = {d["metric"]: d for d in results["differences"]}
     # Both exams have the same answers, so every draw of exams gives the same difference.
     assert (gains["em"]["value"], gains["em"]["low"], gains["em"]["high"]) == (0.25, 0.25, 0.25)
+    assert gains["em"]["by_seed"] == [0.5, 0.0]
     assert gains["size"]["value"] == 0.5
     assert gains["kind"]["value"] == 0.0
     assert gains["selection"]["value"] == 1.0
     table = ablation_tables.to_markdown(results)
     assert "| full | 2 | 0.750 ± 0.354 |" in table
-    assert "+0.250 [+0.250, +0.250]" in table
+    assert "+0.250 [+0.250, +0.250] 1/2" in table
 
 
 def test_rows_without_a_model_by_hand() -> None:
