@@ -30,6 +30,7 @@ from typing import Any
 
 import ray
 import ray.data
+import ray.exceptions
 import yaml
 
 from benchmarks.ablation_tables import FULL, Run, blind_runs, draw, flat, summarise, to_markdown
@@ -147,7 +148,13 @@ def run_all(rows: Sequence[Row], seeds: Sequence[int]) -> None:
     """Prepare the exams and their features, and run every row with every seed, what is there not.
 
     Tasks run beside each other, one on a CPU.
+
+    Raises:
+        InputError: when the root holds runs of another configuration, or runs fail, when all have
+            ended.
     """
+    for row in rows:
+        _claim(row)
     if not ray.is_initialized():
         if "RAY_ADDRESS" in os.environ:
             ray.init()  # a job's cluster: its CPUs and memory are not ours to choose
@@ -164,14 +171,28 @@ def run_all(rows: Sequence[Row], seeds: Sequence[int]) -> None:
         if not storage.exists(_run_uri(row, seed, "run.json"))
     }
     started, total = time.monotonic(), len(tasks)
+    failed = []
     while tasks:
         (done,), _ = ray.wait(list(tasks), num_returns=1)
         row, seed = tasks.pop(done)
-        ray.get(done)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayError as error:
+            failed.append(f"{row.name} seed {seed}: {error}")
         minutes = (time.monotonic() - started) / 60
         print(
             f"{total - len(tasks)}/{total}  {row.name} seed {seed}  {minutes:.1f} min", flush=True
         )
+    if failed:
+        raise InputError("\n".join([f"{len(failed)} of {total} runs failed", *failed]))
+
+
+def _claim(row: Row) -> None:
+    uri = storage.join(row.config.root, "runs", row.name, "config.yaml")
+    mine = row.config.to_yaml().encode()
+    if storage.exists(uri) and storage.read_bytes(uri) != mine:
+        raise InputError(f"{uri} is of another configuration; give another --root")
+    storage.write_bytes(uri, mine)
 
 
 def _prepare(config: PipelineConfig) -> None:

@@ -72,6 +72,9 @@ def test_it_runs_goes_on_and_draws_tables_without_a_model(
     same = {path: path.read_bytes() for path in kept}
     assert {path for path in kept if same[path] != kept[path]} <= {lost}
 
+    with pytest.raises(SystemExit, match=r"full/config.yaml is of another configuration; give ano"):
+        ablation.main([*command, "--rows", "full", "--set", "train.batch_size=8"])
+
     before = json.loads((tmp_path / "results" / "ablation.json").read_text())
     table = (tmp_path / "results" / "ablation.md").read_text()
     (tmp_path / "results" / "ablation.md").unlink()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -52,36 +51,32 @@ def fit_alone(
     base = checkpoint.describe_base(config.model)
     start = train.start_from
     progress = Progress()
-    with _process_group():
-        while progress.stage < len(train.stages):
-            opened = checkpoint.read(start) if start else None
-            run = begin_stage(config, progress, opened, num_exams, base)
-            schedule = run.schedule
-            log = StepLog(
-                tracker or NullTracker(), run.stage.name, schedule.num_steps, schedule.offset,
-                train.batch_size, train.log_every,
-            )  # fmt: skip
-            used = UsedExams(progress, num_exams)
-            steps = iter(lambda: list(islice(rows, train.batch_size)), [])
-            inputs = read_inputs(run, steps, encoders, used.add)
-            run_stage(run.engine, inputs, schedule, run.teaching, log.add)
-            total = schedule.offset + schedule.num_steps
-            progress = Progress(progress.stage + 1, 0, total)
-            target = folder / f"{run.stage.name}-{schedule.num_steps:06d}"
-            target.mkdir(parents=True)
-            write_stage(run, target, progress, rank=0)
-            run.engine.close()
-            start = str(target)
+    _join_group()
+    while progress.stage < len(train.stages):
+        opened = checkpoint.read(start) if start else None
+        run = begin_stage(config, progress, opened, num_exams, base)
+        schedule = run.schedule
+        log = StepLog(
+            tracker or NullTracker(), run.stage.name, schedule.num_steps, schedule.offset,
+            train.batch_size, train.log_every,
+        )  # fmt: skip
+        used = UsedExams(progress, num_exams)
+        steps = iter(lambda: list(islice(rows, train.batch_size)), [])
+        inputs = read_inputs(run, steps, encoders, used.add)
+        run_stage(run.engine, inputs, schedule, run.teaching, log.add)
+        total = schedule.offset + schedule.num_steps
+        progress = Progress(progress.stage + 1, 0, total)
+        target = folder / f"{run.stage.name}-{schedule.num_steps:06d}"
+        target.mkdir(parents=True)
+        write_stage(run, target, progress, rank=0)
+        run.engine.close()
+        start = str(target)
     return Path(start)
 
 
-@contextmanager
-def _process_group() -> Iterator[None]:
-    """Hold a group of this process alone, which DeepSpeed asks for."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it there and nowhere else
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def _join_group() -> None:
+    """Be a group of this process alone, which DeepSpeed asks for, and keeps to the end."""
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it there and nowhere else
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
