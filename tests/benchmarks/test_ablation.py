@@ -47,6 +47,7 @@ def test_every_row_is_a_configuration_with_the_same_exams_and_steps() -> None:
         ablation._pick(rows, ["full", "fuller"])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_it_runs_goes_on_and_draws_tables_without_a_model(
     ray_cluster: None,

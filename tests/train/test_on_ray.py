@@ -132,6 +132,7 @@ def test_every_exam_is_used_once_an_epoch(prepared: Path) -> None:
     assert len(first.seen) == len(set(first.seen)) == min(16, source.num_exams)
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_checkpoint_and_another_seed_another(prepared: Path) -> None:
     from ultra.train.on_ray import cache_uri, fit
 
