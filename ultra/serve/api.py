@@ -1,13 +1,15 @@
 """OpenAI's chat completions, as far as they are spoken here: what comes in and what goes out.
 
 Several `image_url` parts, wherever they stand in the conversation, are the frames of one exam. The
-answer carries an `ultra` object beside OpenAI's fields: the chosen frame and every frame's score.
+answer carries an `ultra` object beside OpenAI's fields: the chosen frame, every frame's score, and
+the replicas that served it.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -153,11 +155,16 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """The first thing an answer says: which frame was chosen, and how long the prompt is."""
+    """The first thing an answer says: which frame was chosen, and how long the prompt is.
+
+    Attributes:
+        replicas: part of the endpoint -> the name of the one that served; None where none has one.
+    """
 
     chosen: int
     scores_K: tuple[float, ...]
     num_prompt_tokens: int
+    replicas: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,4 +334,7 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _ultra(self) -> dict[str, Any]:
-        return {"chosen_frame": self.opening.chosen, "scores": list(self.opening.scores_K)}
+        ultra = {"chosen_frame": self.opening.chosen, "scores": list(self.opening.scores_K)}
+        if self.opening.replicas is None:
+            return ultra
+        return {**ultra, "replicas": dict(self.opening.replicas)}
