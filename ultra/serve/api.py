@@ -71,6 +71,8 @@ class Limits(Section):
     """Size of one encoded frame."""
     max_image_pixels: Positive = 25_000_000
     """Pixels of one frame, checked before it is decoded."""
+    max_dicom_mib: Positive = 128
+    """Size of a DICOM file that frames are taken from."""
     max_new_tokens: Positive = 256
     """Longest answer, and the one a request gets that does not say."""
 

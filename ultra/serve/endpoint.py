@@ -31,6 +31,7 @@ from ultra.serve.api import (
     Reply,
     parse_chat,
 )
+from ultra.serve.dicom import open_dicom
 from ultra.serve.security import ApiKeys
 
 logger = logging.getLogger(__name__)
@@ -149,6 +150,14 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
         except ApiError as error:
             metrics.refused(error.status)
             raise
+
+    opening = asyncio.Semaphore(1)  # a cine takes seconds; questions find the other threads free
+
+    @router.post("/v1/frames")
+    async def show_frames(request: Request) -> dict[str, Any]:
+        body = await _read_body(request, limits.max_dicom_mib * 2**20)
+        async with opening:
+            return await asyncio.to_thread(open_dicom, body, limits)
 
     app.include_router(router)
     app.add_exception_handler(ApiError, _show_error)
