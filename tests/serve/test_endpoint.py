@@ -166,7 +166,9 @@ def test_every_route_but_liveness_needs_the_key() -> None:
         assert response.json()["error"]["code"] == "invalid_api_key"
     client.headers["Authorization"] = "Bearer key"
     assert client.post(CHAT, json=question()).status_code == 200
-    assert client.get("/v1/models").json()["data"][0]["id"] == "m"
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == "m"
+    assert model["ultra"] == {"max_frames": 3, "max_image_mib": 1}
     assert client.get("/v1/models/m").json()["id"] == "m"
     assert client.get("/v1/models/x").json()["error"]["code"] == "model_not_found"
 

@@ -82,6 +82,13 @@ class Limits(Section):
         return self.max_frames * self.max_image_mib * 2**20 * 4 // 3 + 2**20
 
 
+def describe_model(limits: Limits) -> dict[str, Any]:
+    """Return the model as OpenAI lists one; its `ultra` object says what a question may hold."""
+    head = {"id": limits.model_name, "object": "model", "created": 0, "owned_by": "ultra"}
+    allowed = {name: getattr(limits, name) for name in ("max_frames", "max_image_mib")}
+    return {**head, "ultra": allowed}
+
+
 class _Open(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 

@@ -29,9 +29,11 @@ from ultra.serve.api import (
     Question,
     Refusal,
     Reply,
+    describe_model,
     parse_chat,
 )
 from ultra.serve.dicom import open_dicom
+from ultra.serve.page import create_page
 from ultra.serve.security import ApiKeys
 
 logger = logging.getLogger(__name__)
@@ -106,7 +108,7 @@ class Metrics:
 
 
 def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
-    """Return the endpoint; `/health/live` alone answers without a key."""
+    """Return the endpoint; `/health/live` and the page's files alone are open without a key."""
 
     def require_key(request: Request) -> None:
         if not keys.admit(request.headers.get("authorization")):
@@ -117,7 +119,7 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
     metrics = Metrics()
     app = FastAPI(title="ultra", docs_url=None, redoc_url=None, openapi_url=None)
     router = APIRouter(dependencies=[Depends(require_key)])
-    model = {"id": limits.model_name, "object": "model", "created": 0, "owned_by": "ultra"}
+    model = describe_model(limits)
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
@@ -160,6 +162,7 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
             return await asyncio.to_thread(open_dicom, body, limits)
 
     app.include_router(router)
+    app.include_router(create_page())
     app.add_exception_handler(ApiError, _show_error)
     app.add_exception_handler(HTTPException, _show_error)
     app.add_exception_handler(Exception, _show_error)
