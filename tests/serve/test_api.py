@@ -123,6 +123,11 @@ def test_an_answer_in_openais_form() -> None:
     assert (final["choices"], final["usage"], final["id"]) == ([], usage, "chatcmpl-1")
 
 
+def test_an_answer_names_the_replicas_that_served_it() -> None:
+    reply = Reply("m", Opening(0, (0.5,), 11, {"encoder": "a", "language": "b"}))
+    assert reply.first_chunk()["ultra"]["replicas"] == {"encoder": "a", "language": "b"}
+
+
 def test_the_body_limit_holds_the_largest_allowed_request() -> None:
     image = 1 * 2**20
     assert LIMITS.max_body_bytes >= 3 * -(-image // 3) * 4 + 2**16 * 4

@@ -88,6 +88,8 @@ def test_a_frame_group_as_predicted(client, expected) -> None:
     ultra = completion.ultra
     assert ultra["chosen_frame"] == expected["visual"].chosen
     assert ultra["scores"] == pytest.approx(expected["visual"].scores_K, abs=1e-4)
+    assert ultra["replicas"].keys() == {"encoder", "language"}
+    assert all(ultra["replicas"].values())
 
 
 def test_streamed_it_is_the_same(client, expected) -> None:

@@ -1,13 +1,15 @@
 """OpenAI's chat completions, as far as they are spoken here: what comes in and what goes out.
 
 Several `image_url` parts, wherever they stand in the conversation, are the frames of one exam. The
-answer carries an `ultra` object beside OpenAI's fields: the chosen frame and every frame's score.
+answer carries an `ultra` object beside OpenAI's fields: the chosen frame, every frame's score, and
+the replicas that served it.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -69,6 +71,8 @@ class Limits(Section):
     """Size of one encoded frame."""
     max_image_pixels: Positive = 25_000_000
     """Pixels of one frame, checked before it is decoded."""
+    max_dicom_mib: Positive = 128
+    """Size of a DICOM file that frames are taken from."""
     max_new_tokens: Positive = 256
     """Longest answer, and the one a request gets that does not say."""
 
@@ -76,6 +80,13 @@ class Limits(Section):
     def max_body_bytes(self) -> int:
         """Bytes of a whole request: every frame at its largest, in base64, and the text."""
         return self.max_frames * self.max_image_mib * 2**20 * 4 // 3 + 2**20
+
+
+def describe_model(limits: Limits) -> dict[str, Any]:
+    """Return the model as OpenAI lists one; its `ultra` object says what a question may hold."""
+    head = {"id": limits.model_name, "object": "model", "created": 0, "owned_by": "ultra"}
+    allowed = {name: getattr(limits, name) for name in ("max_frames", "max_image_mib")}
+    return {**head, "ultra": allowed}
 
 
 class _Open(BaseModel):
@@ -153,11 +164,16 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """The first thing an answer says: which frame was chosen, and how long the prompt is."""
+    """The first thing an answer says: which frame was chosen, and how long the prompt is.
+
+    Attributes:
+        replicas: part of the endpoint -> the name of the one that served; None where none has one.
+    """
 
     chosen: int
     scores_K: tuple[float, ...]
     num_prompt_tokens: int
+    replicas: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,4 +343,7 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _ultra(self) -> dict[str, Any]:
-        return {"chosen_frame": self.opening.chosen, "scores": list(self.opening.scores_K)}
+        ultra = {"chosen_frame": self.opening.chosen, "scores": list(self.opening.scores_K)}
+        if self.opening.replicas is None:
+            return ultra
+        return {**ultra, "replicas": dict(self.opening.replicas)}
