@@ -60,6 +60,9 @@ class Language:
         turns: Sequence[Turn],
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Yield an Opening, then Deltas of which the last is finished; or a Refusal alone.
 
@@ -71,12 +74,15 @@ class Language:
             turns: the conversation, the last turn the user's.
             max_new_tokens: None gives as many as are allowed and fit.
             stop: strings that end the answer; they are no part of it.
+            temperature: 0 for the likeliest answer; this and what follows as in Request.
+            top_p: the share of the probability that tokens are drawn from.
+            seed: None for a fresh one.
         """
         try:
             prompt = encode_prompt(self._tokenizer, self._template, turns, len(visual.tokens_TD))
             room = self._generator.capacity - len(prompt)
             limit = max_new_tokens or max(1, min(self._max_new_tokens, room))
-            request = Request(prompt, visual.tokens_TD, exam_key, limit)
+            request = Request(prompt, visual.tokens_TD, exam_key, limit, temperature, top_p, seed)
             self._generator.check(request)
         except ValueError as error:
             yield Refusal(str(error))
