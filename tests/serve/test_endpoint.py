@@ -17,6 +17,7 @@ from ultra.serve.security import ApiKeys
 
 LIMITS = Limits(model_name="m", max_frames=3, max_image_mib=1)
 ANSWER = (Opening(1, (0.5, 0.75), 9), Delta("肝", 1), Delta("脏", 3), Delta("", 4, "stop"))
+ULTRA = {"chosen_frame": 1, "scores": [0.5, 0.75], "num_near_duplicates": 0}
 CHAT = "/v1/chat/completions"
 
 
@@ -70,7 +71,7 @@ def test_a_whole_answer() -> None:
         "refusal": None,
     }
     assert reply["usage"] == {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
-    assert reply["ultra"] == {"chosen_frame": 1, "scores": [0.5, 0.75]}
+    assert reply["ultra"] == ULTRA
     assert script.asked[0].frames == FRAMES
     assert script.closed == 1
 
@@ -87,7 +88,7 @@ def test_a_streamed_answer() -> None:
         {},
     ]
     assert [c["choices"][0]["finish_reason"] for c in chunks] == [None, None, None, "stop"]
-    assert chunks[0]["ultra"] == {"chosen_frame": 1, "scores": [0.5, 0.75]}
+    assert chunks[0]["ultra"] == ULTRA
     assert usage["usage"]["total_tokens"] == 13
     assert done == "[DONE]"
 

@@ -179,7 +179,7 @@ async def _chat(request: Request, backend: Backend, limits: Limits, metrics: Met
         if isinstance(first, Refusal):
             raise ApiError(first.message, param="messages")
         assert isinstance(first, Opening)
-        reply = Reply(limits.model_name, first)
+        reply = Reply(limits.model_name, first, question.num_near_duplicates)
         if question.stream:
             chunks = _stream(reply, events, question.include_usage)
             return StreamingResponse(chunks, media_type="text/event-stream")

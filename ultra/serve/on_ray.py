@@ -79,11 +79,11 @@ class LanguageReplica:
         self._language = Language(args.checkpoint, args.max_new_tokens, args.language_device)
 
     async def answer(
-        self, seen: tuple[VisualTokens, str], exam_key: str, turns: Sequence[Turn], *options: Any
+        self, seen: tuple[VisualTokens, str], exam_key: str, turns: Sequence[Turn], **options: Any
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of one answer; see Language.answer."""
         visual, encoder = seen
-        async with aclosing(self._language.answer(visual, exam_key, turns, *options)) as events:
+        async with aclosing(self._language.answer(visual, exam_key, turns, **options)) as events:
             async for event in events:
                 if isinstance(event, Opening):
                     replicas = {"encoder": encoder, "language": _own_name()}
@@ -134,7 +134,14 @@ class Ingress:
         # The session leads a question about the same exam to the replica that remembers it.
         language = self._language.options(stream=True, session_id=exam_key)
         events: Any = language.answer.remote(
-            seen, exam_key, question.turns, question.max_new_tokens, question.stop
+            seen,
+            exam_key,
+            question.turns,
+            max_new_tokens=question.max_new_tokens,
+            stop=question.stop,
+            temperature=question.temperature,
+            top_p=question.top_p,
+            seed=question.seed,
         )
         try:
             async for event in events:
