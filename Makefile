@@ -18,6 +18,10 @@ $(READY): requirements.lock pyproject.toml
 
 install: $(READY) ## make the environment in .venv
 
+browser: ## headless Chromium for the tests of the page (Debian, as root)
+	command -v chromium-headless-shell || { apt-get update --quiet && \
+	apt-get install --quiet --yes --no-install-recommends chromium-headless-shell; }
+
 demo: $(READY) ## simulated exams and one real cine through every job
 	$(RUN) -m ray_jobs.demo
 
@@ -53,4 +57,4 @@ backbones: $(READY) ## train the shipped tiny backbones anew
 lock: $(READY) ## resolve the dependencies anew
 	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --no-emit-index-url --quiet --output-file requirements.lock
 
-.PHONY: help install demo serve test test-slow test-all lint format type check backbones lock
+.PHONY: help install browser demo serve test test-slow test-all lint format type check backbones lock

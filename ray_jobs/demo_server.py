@@ -1,4 +1,4 @@
-"""Serve the demo's checkpoint on this machine and print a `curl` that works.
+"""Serve the demo's checkpoint on this machine and print the page's address and a `curl` that works.
 
     python -m ray_jobs.demo_server
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             url = f"http://127.0.0.1:{args.port}"
             if wait_until_ready(url, stopped):
                 print(
+                    f"\nOpen {url}/ in a browser, or ask from here:\n"
                     f"\ncurl {url}/v1/chat/completions -H 'Content-Type: application/json' "
                     f"-d @{question}\n\nCtrl-C ends it.",
                     flush=True,

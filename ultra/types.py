@@ -27,10 +27,16 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation."""
+    """One message of a conversation.
+
+    Attributes:
+        has_frames: whether it came with frames. Visual tokens stand before the last user turn that
+            did, or before the first one where none says so.
+    """
 
     role: Role
     content: str
+    has_frames: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,22 @@ VICUNA = TEMPLATES["vicuna"].default_system
             [Turn("system", "检查部位：肝"), *ONE],
             "^检查部位：肝\n问：####哪个脏器？\n答：‹肝脏$›",
         ),
+        (
+            "plain",
+            [*ONE, Turn("user", "大小？", has_frames=True), Turn("assistant", "12mm"), *TWO[:2]],
+            "^问：哪个脏器？\n答：‹肝脏$›\n问：####大小？\n答：‹12mm$›\n问：哪个脏器？\n答：‹肝脏$›",
+        ),
+        (
+            "llama2",
+            [
+                Turn("system", "s"),
+                Turn("user", "a", True),
+                *ONE[1:],
+                Turn("user", "b", True),
+                *ONE[1:],
+            ],
+            "^[INST] <<SYS>>\ns\n<</SYS>>\n\na [/INST] ‹肝脏$› [INST] ####b [/INST] ‹肝脏$›",
+        ),
         ("vicuna", ONE, f"^{VICUNA} USER: ####哪个脏器？ ASSISTANT: ‹肝脏$›"),
         (
             "vicuna",

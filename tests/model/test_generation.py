@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from ultra.model import checkpoint, visual_table
 from ultra.model.generation import Generator, Request
@@ -78,6 +80,95 @@ def test_the_same_tokens_as_generate(language, generator) -> None:
     assert len({tuple(ids) for ids in expected}) > 12  # the images and texts do matter
     check_answers(expected, generator.generate(requests))
     check_answers(expected, generator.generate(requests))  # now from cached prefixes
+
+
+def sampled(request: Request, seed: int | None, temperature: float = 1.5, top_p: float = 0.95):
+    return replace(request, temperature=temperature, top_p=top_p, seed=seed)
+
+
+def token_ids(completions) -> list[list[int]]:
+    return [list(c.token_ids) for c in completions]
+
+
+@torch.no_grad()
+def first_logits(language, request: Request) -> np.ndarray:
+    """The logits of an answer's first token, by transformers alone."""
+    ids_1S = torch.tensor([list(request.prompt_ids)])
+    embeds_1SD = splice(language.embedding, ids_1S, torch.from_numpy(request.tokens_VD))
+    return language.model(inputs_embeds=embeds_1SD).logits[0, -1].double().numpy()
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.6, 1.0), (0.5, 0.5)])
+def test_tokens_are_drawn_with_their_probabilities(language, generator, temperature, top_p) -> None:
+    request = make_request(3, new=1)
+    logits = first_logits(language, request) / temperature
+    probs = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    order = np.argsort(-probs)
+    num_kept = int(np.searchsorted(np.cumsum(probs[order]), top_p) + 1)
+    kept = order[:num_kept]
+    completions = generator.generate(
+        [sampled(request, seed, temperature, top_p) for seed in range(1500)]
+    )
+    counts = np.bincount([c.token_ids[0] for c in completions], minlength=len(probs))
+    if top_p < 1:
+        assert 3 < num_kept < len(probs)
+        assert counts[kept].sum() == 1500
+    expected = 1500 * probs[kept] / probs[kept].sum()
+    often = expected > 5  # chi-square wants enough of each; the others are one
+    pooled = [[*values[often], values[~often].sum()] for values in (counts[kept], expected)]
+    observed, wanted = (p if p[-1] > 0 else p[:-1] for p in pooled)
+    assert often.sum() > 3
+    assert stats.chisquare(observed, wanted).pvalue > 1e-3
+
+
+def test_a_seed_draws_the_same_alone_and_among_others(language, generator) -> None:
+    requests = [make_request(i, exam=i % 3, words=3 + 4 * i, new=20 + i) for i in range(8)]
+    drawn = [sampled(r, seed=i - 3) for i, r in enumerate(requests)]
+    alone = [ids for r in drawn for ids in token_ids(generator.generate([r]))]
+    greedy = expect(language, requests)
+    assert alone != greedy
+    mixed = token_ids(
+        generator.generate([r for pair in zip(drawn, requests, strict=True) for r in pair])
+    )
+    assert mixed[::2] == alone
+    assert mixed[1::2] == greedy  # beside sampled ones as ever
+    others = token_ids(generator.generate([sampled(r, seed=7 + i) for i, r in enumerate(requests)]))
+    assert all(a != b for a, b in zip(others, alone, strict=True))
+
+
+def test_a_seed_draws_the_same_from_a_prompt_read_again(language, generator) -> None:
+    requests = [sampled(make_request(i, words=20 + i, new=30), seed=i) for i in range(10)]
+    expected = token_ids(generator.generate(requests))
+    # What was sent already becomes the end of the prompt.
+    for request, ids in list(zip(requests, expected, strict=True))[:4]:
+        for sent in (1, 13, len(ids) - 1):
+            resumed = replace(
+                request, prompt_ids=[*request.prompt_ids, *ids[:sent]], max_new_tokens=30 - sent
+            )
+            assert token_ids(generator.generate([resumed])) == [ids[sent:]]
+    # Here the engine itself throws requests out and begins them again.
+    with Generator(
+        language,
+        tokens_per_frame=T,
+        num_slots=5,
+        max_requests=3,
+        max_batch_tokens=16,
+        page_size=4,
+        num_blocks=24,
+    ) as small:
+        assert token_ids(small.generate(requests)) == expected
+
+
+def test_what_is_greedy_and_what_is_fresh(language, generator) -> None:
+    request = make_request(1)
+    (greedy,) = expect(language, [request])
+    for change in (
+        {"temperature": 0.0, "top_p": 0.1, "seed": 5},
+        {"temperature": 2.0, "top_p": 1e-9},
+    ):
+        check_answers([greedy], generator.generate([replace(request, **change)]))
+    fresh = token_ids(generator.generate([sampled(request, seed=None) for _ in range(4)]))
+    assert len(set(map(tuple, fresh))) == 4
 
 
 def test_an_exam_asked_again_reuses_its_prefix(language, generator) -> None:
@@ -190,6 +281,12 @@ def test_ids_run_out_and_begin_anew(language, monkeypatch) -> None:
         ({"prompt_ids": [VISUAL] * 3}, "4 visual tokens for 3 places"),
         ({"prompt_ids": [VISUAL] * T + [10_000]}, "token ids must lie between 0 and"),
         ({"prompt_ids": [VISUAL] * T + [-2]}, "token ids must lie between 0 and"),
+        ({"temperature": -0.1}, "temperature -0.1 and top_p 1.0, but"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"temperature": float("inf")}, "temperature inf"),
+        ({"top_p": 0.0}, "top_p 0.0, but they must be .* above 0"),
+        ({"top_p": 1.1}, "top_p 1.1"),
+        ({"seed": 2**63}, "a seed has at most 64 bits"),
         ({"tokens_VD": np.zeros((5, D), np.float32)}, r"shape \(5, 24\), not \(a multiple of 4"),
         ({"tokens_VD": np.zeros((T, 3), np.float32)}, r"shape \(4, 3\)"),
         ({"tokens_VD": np.zeros((65 * T, D), np.float32)}, "65 frames, at most 64 fit"),
@@ -197,11 +294,8 @@ def test_ids_run_out_and_begin_anew(language, monkeypatch) -> None:
 )
 def test_what_would_stop_the_engine_is_refused(generator, change, message) -> None:
     good = make_request(0)
-    fields = {
-        n: getattr(good, n) for n in ("prompt_ids", "tokens_VD", "exam_key", "max_new_tokens")
-    }
     with pytest.raises(ValueError, match=message):
-        generator.generate([good, Request(**{**fields, **change})])
+        generator.generate([good, replace(good, **change)])
     assert generator.alive
 
 

@@ -12,6 +12,10 @@ from PIL import Image
 
 def encode_image(seed: int, size: tuple[int, int] = (24, 20), kind: str = "PNG") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 255, size[::-1], dtype=np.uint8)
+    return encode_pixels(pixels, kind)
+
+
+def encode_pixels(pixels: np.ndarray, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()

@@ -17,6 +17,7 @@ from ultra.serve.security import ApiKeys
 
 LIMITS = Limits(model_name="m", max_frames=3, max_image_mib=1)
 ANSWER = (Opening(1, (0.5, 0.75), 9), Delta("肝", 1), Delta("脏", 3), Delta("", 4, "stop"))
+ULTRA = {"chosen_frame": 1, "scores": [0.5, 0.75], "num_near_duplicates": 0}
 CHAT = "/v1/chat/completions"
 
 
@@ -70,7 +71,7 @@ def test_a_whole_answer() -> None:
         "refusal": None,
     }
     assert reply["usage"] == {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
-    assert reply["ultra"] == {"chosen_frame": 1, "scores": [0.5, 0.75]}
+    assert reply["ultra"] == ULTRA
     assert script.asked[0].frames == FRAMES
     assert script.closed == 1
 
@@ -87,7 +88,7 @@ def test_a_streamed_answer() -> None:
         {},
     ]
     assert [c["choices"][0]["finish_reason"] for c in chunks] == [None, None, None, "stop"]
-    assert chunks[0]["ultra"] == {"chosen_frame": 1, "scores": [0.5, 0.75]}
+    assert chunks[0]["ultra"] == ULTRA
     assert usage["usage"]["total_tokens"] == 13
     assert done == "[DONE]"
 
@@ -160,12 +161,15 @@ def test_every_route_but_liveness_needs_the_key() -> None:
     client = connect(Script(ANSWER), "key")
     assert client.get("/health/live").status_code == 200
     routes = [client.get(p) for p in ("/health/ready", "/metrics", "/v1/models", "/v1/models/m")]
-    for response in (*routes, client.post(CHAT, json=question())):
+    posts = [client.post(CHAT, json=question()), client.post("/v1/frames", content=b"x")]
+    for response in (*routes, *posts):
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"
     client.headers["Authorization"] = "Bearer key"
     assert client.post(CHAT, json=question()).status_code == 200
-    assert client.get("/v1/models").json()["data"][0]["id"] == "m"
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == "m"
+    assert model["ultra"] == {"max_frames": 3, "max_image_mib": 1}
     assert client.get("/v1/models/m").json()["id"] == "m"
     assert client.get("/v1/models/x").json()["error"]["code"] == "model_not_found"
 
@@ -188,6 +192,17 @@ def test_a_body_over_the_limit_is_not_read_to_its_end() -> None:
     asyncio.run(create_app(script, LIMITS, ApiKeys([]))(chat_scope(), receive, send))
     assert sent[0]["status"] == 413
     assert not script.asked
+
+
+def test_what_is_no_dicom_file_is_told_so() -> None:
+    response = connect(Script([])).post("/v1/frames", content=FRAMES[0])
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "not a DICOM file"
+
+
+def test_a_dicom_file_over_the_limit_is_not_opened() -> None:
+    app = create_app(Script([]), Limits(max_dicom_mib=1), ApiKeys([]))
+    assert TestClient(app).post("/v1/frames", content=bytes(2**20 + 1)).status_code == 413
 
 
 def test_unknown_routes_speak_openais_form() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import httpx
 import openai
@@ -22,6 +23,8 @@ from ultra.model.generation import Generator, Request
 from ultra.types import Turn
 
 KEY = "a-key-of-the-test"
+DRAWN = {"temperature": 1.3, "top_p": 0.9}
+SEEDS = (0, -5, 2**62)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +66,16 @@ def expected(random_checkpoint) -> dict:
     language = checkpoint.load_language(random_checkpoint)
     turns = [Turn("user", "左叶见囊肿？")]
     prompt = encode_prompt(language.tokenizer, "plain", turns, len(visual.tokens_TD))
+    request = Request(prompt, visual.tokens_TD, "x", 40)
+    requests = [request, *(replace(request, **DRAWN, seed=seed) for seed in SEEDS)]
     with Generator(language, tokens_per_frame=4) as generator:
-        (answer,) = generator.generate([Request(prompt, visual.tokens_TD, "x", 40)])
-    text = language.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-    return {"visual": visual, "prompt": prompt, "answer": answer, "text": text}
+        answer, *drawn = generator.generate(requests)
+    text, *drawn_texts = (
+        language.tokenizer.decode(a.token_ids, skip_special_tokens=True) for a in (answer, *drawn)
+    )
+    return {
+        "visual": visual, "prompt": prompt, "answer": answer, "text": text, "drawn": drawn_texts,
+    }  # fmt: skip
 
 
 def ask(client, **changes):
@@ -88,6 +97,9 @@ def test_a_frame_group_as_predicted(client, expected) -> None:
     ultra = completion.ultra
     assert ultra["chosen_frame"] == expected["visual"].chosen
     assert ultra["scores"] == pytest.approx(expected["visual"].scores_K, abs=1e-4)
+    assert ultra["num_near_duplicates"] == 0
+    assert ultra["replicas"].keys() == {"encoder", "language"}
+    assert all(ultra["replicas"].values())
 
 
 def test_streamed_it_is_the_same(client, expected) -> None:
@@ -100,25 +112,28 @@ def test_streamed_it_is_the_same(client, expected) -> None:
     assert chunks[-1].usage.completion_tokens == len(expected["answer"].token_ids)
 
 
-def ask_at_once(address: str, count: int) -> list:
+def ask_at_once(address: str, questions: list[dict]) -> list:
     async def ask_all() -> list:
         async with openai.AsyncOpenAI(
             base_url=f"{address}/v1", api_key=KEY, max_retries=0
         ) as several:
             return await asyncio.gather(
-                *(ask(several) for _ in range(count)), return_exceptions=True
+                *(ask(several, **question) for question in questions), return_exceptions=True
             )
 
     return asyncio.run(ask_all())
 
 
 def test_many_at_once(address, expected) -> None:
-    for completion in ask_at_once(address, 8):
-        assert completion.choices[0].message.content == expected["text"]
+    seeds = [None, *SEEDS, None, *SEEDS]  # greedy ones between sampled ones
+    questions = [{} if seed is None else {**DRAWN, "seed": seed} for seed in seeds]
+    texts = [expected["text"], *expected["drawn"]] * 2
+    for completion, text in zip(ask_at_once(address, questions), texts, strict=True):
+        assert completion.choices[0].message.content == text
 
 
 def test_too_many_at_once_are_sent_away(address, expected) -> None:
-    outcomes = ask_at_once(address, 40)
+    outcomes = ask_at_once(address, [{}] * 40)
     refused = [o for o in outcomes if isinstance(o, openai.RateLimitError)]
     answered = [o for o in outcomes if not isinstance(o, Exception)]
     assert refused
@@ -137,13 +152,53 @@ def test_a_follow_up_question(client, expected) -> None:
         {"role": "user", "content": "大小？"},
     ]
     assert ask(client, messages=messages).usage.prompt_tokens > len(expected["prompt"])
+    # Frames that come later are what is spoken of; those before are not even decoded.
+    messages[1] = ask_user("左叶见囊肿？", b"no image")
+    messages[3] = ask_user("大小？", FRAMES[2], FRAMES[2])
+    ultra = ask(client, messages=messages).ultra
+    assert len(ultra["scores"]) == 2
+    assert ultra["num_near_duplicates"] == 1
+
+
+def read_stream(chunks) -> tuple[list[str], str, int]:
+    """The pieces of a streamed answer, why it ended, and its tokens."""
+    *chunks, last, usage = chunks
+    pieces = [c.choices[0].delta.content for c in chunks if c.choices[0].delta.content]
+    return pieces, last.choices[0].finish_reason, usage.usage.completion_tokens
+
+
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def test_a_seed_draws_the_same_answer_again(client, expected) -> None:
+    assert len({expected["text"], *expected["drawn"]}) == 1 + len(SEEDS)
+    for seed, text in zip(SEEDS, expected["drawn"], strict=True):
+        assert ask(client, **DRAWN, seed=seed).choices[0].message.content == text
+        pieces, *_ = read_stream(ask(client, **DRAWN, seed=seed, **STREAMED))
+        assert "".join(pieces) == text
+    fresh = {ask(client, **DRAWN).choices[0].message.content for _ in range(3)}
+    assert len(fresh) == 3
+    greedy = ask(client, temperature=0, top_p=0.5, seed=3)
+    assert greedy.choices[0].message.content == expected["text"]
 
 
 def test_a_stop_string_ends_the_answer(client, expected) -> None:
     stop = expected["text"][5:7]
     completion = ask(client, stop=stop)
-    assert completion.choices[0].message.content == expected["text"].split(stop)[0]
+    begin = expected["text"].split(stop)[0]
+    assert completion.choices[0].message.content == begin
     assert completion.choices[0].finish_reason == "stop"
+    num_tokens = completion.usage.completion_tokens
+    assert 0 < num_tokens < len(expected["answer"].token_ids)
+    # A string that only begins in the answer changes nothing, and four are the most.
+    stops = ["never met", stop + "X", stop, expected["text"][-2:] + "X"]
+    pieces, reason, num_streamed = read_stream(ask(client, stop=stops, **STREAMED))
+    assert ("".join(pieces), reason, num_streamed) == (begin, "stop", num_tokens)
+    pieces, reason, num_streamed = read_stream(ask(client, stop=stops[-1], **STREAMED))
+    assert "".join(pieces) == expected["text"]
+    assert (reason, num_streamed) == (
+        expected["answer"].finish_reason, len(expected["answer"].token_ids),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -151,7 +206,12 @@ def test_a_stop_string_ends_the_answer(client, expected) -> None:
     [
         ({"model": "gpt-4"}, openai.NotFoundError, "'gpt-4' does not exist"),
         ({"max_tokens": 500}, openai.BadRequestError, "500 new tokens asked for, 200 is the most"),
-        ({"temperature": 0.7}, openai.BadRequestError, "answers are greedy"),
+        ({"temperature": 2.5}, openai.BadRequestError, "temperature: .* less than or equal to 2"),
+        ({"temperature": True}, openai.BadRequestError, "temperature: .* valid number"),
+        ({"top_p": 0}, openai.BadRequestError, "top_p: .* greater than 0"),
+        ({"seed": 2**64}, openai.BadRequestError, "seed: .* less than 9223372036854775808"),
+        ({"n": 2}, openai.BadRequestError, "n: .* less than or equal to 1"),
+        ({"stop": list("abcde")}, openai.BadRequestError, "stop: .* at most 4 items"),
         ({"messages": [ask_user("hi")]}, openai.BadRequestError, "0 images"),
         (
             {"messages": [ask_user("左" * 380, FRAMES[0])]},

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
+import random
 import shutil
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -79,24 +82,62 @@ def ask(language: Language, visual, text: str) -> list:
     return asyncio.run(collect())
 
 
-def test_answers_are_the_same_with_and_without_stop_strings(random_checkpoint) -> None:
+async def until_idle(language: Language) -> None:
+    """Wait until the engine has dropped every request."""
+    scheduler = language._generator._manager.batch_processor.scheduler
+    async with asyncio.timeout(60):
+        while scheduler.active_requests or scheduler.waiting_requests:
+            await asyncio.sleep(0.01)
+
+
+def test_answers_with_and_without_stop_strings(random_checkpoint) -> None:
     (visual,) = Encoder(random_checkpoint).look([FRAMES])
     language = Language(random_checkpoint, max_new_tokens=30)
 
-    async def collect(stop: list[str]) -> list[Delta]:
-        turns = [Turn("user", "左叶")]
-        events = [e async for e in language.answer(visual, "x", turns, None, stop)]
-        return events[1:]
+    async def collect(*stop: str) -> list[Delta]:
+        events = language.answer(visual, "x", [Turn("user", "左叶")], None, stop)
+        return [event async for event in events][1:]
+
+    async def collect_all() -> None:
+        whole = await collect()
+        text = "".join(d.text for d in whole)
+        unmet = await collect("never met")
+        assert "".join(d.text for d in unmet) == text
+        stop = text[9:12]
+        stopped = await collect(stop, "never met")
+        assert "".join(d.text for d in stopped) == text[: text.find(stop)]
+        assert stopped[-1].finish_reason == "stop"
+        # As many tokens as it took to write the stop string, and no more.
+        sizes = itertools.accumulate(len(d.text) for d in whole)
+        end = text.find(stop) + len(stop)
+        needed = next(d.num_tokens for d, size in zip(whole, sizes, strict=True) if size >= end)
+        assert stopped[-1].num_tokens == needed
+        await until_idle(language)  # what it still says needs the event loop
 
     try:
-        whole = asyncio.run(collect([]))
-        text = "".join(d.text for d in whole)
-        unmet = asyncio.run(collect(["never met"]))
-        assert "".join(d.text for d in unmet) == text
-        stopped = asyncio.run(collect([text[9:12], "never met"]))
-        assert "".join(d.text for d in stopped) == text[: text.find(text[9:12])]
-        assert stopped[-1].finish_reason == "stop"
-        assert stopped[-1].num_tokens <= 12
+        asyncio.run(collect_all())
+    finally:
+        language.stop()
+
+
+def test_a_stop_string_ends_the_request_before_it_is_told(random_checkpoint) -> None:
+    (visual,) = Encoder(random_checkpoint).look([FRAMES])
+    language = Language(random_checkpoint, max_new_tokens=300)
+
+    async def read() -> None:
+        turns = [Turn("user", "左叶")]
+        whole = [e async for e in language.answer(visual, "x", turns, 20)][1:]
+        stop = "".join(d.text for d in whole)[3:6]
+        answer = language.answer(visual, "x", turns, None, [stop])
+        async with aclosing(answer):
+            while getattr(event := await anext(answer), "finish_reason", None) is None:
+                pass
+            assert event.finish_reason == "stop"
+            assert language.num_running == 0  # and nobody has asked for the end yet
+            await until_idle(language)
+
+    try:
+        asyncio.run(read())
     finally:
         language.stop()
 
@@ -156,6 +197,43 @@ def test_stop_strings(byte_tokenizer, stop, text, size) -> None:
 def test_a_stop_string_that_is_only_begun_is_text(byte_tokenizer) -> None:
     ids = byte_tokenizer.encode("abc", add_special_tokens=False)
     stream = TextStream(byte_tokenizer, ["cd"])
-    assert [stream.add([i]) for i in ids] == ["", "a", "b"]
+    assert [stream.add([i]) for i in ids] == ["a", "b", ""]
     assert stream.finish() == "c"
     assert not stream.stopped
+
+
+def read_by_characters(text: str, stop: list[str]) -> tuple[str, bool]:
+    """What may be told of a text, and whether it has ended, by looking at every place in it."""
+    for end in range(1, len(text) + 1):
+        starts = [end - len(s) for s in stop if text[:end].endswith(s)]
+        if starts:
+            return text[: min(starts)], True
+    begun = [i for i in range(len(text)) if any(s.startswith(text[i:]) for s in stop)]
+    return text[: min(begun, default=len(text))], False
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_stop_strings_in_any_pieces(byte_tokenizer, seed) -> None:
+    # Few characters, so that beginnings overlap: 囊肿 in 囊囊肿, and one stop string in another.
+    draw = random.Random(seed)
+    letters = "囊肿。a"
+    text = "".join(draw.choices(letters, k=40))
+    stop = ["".join(draw.choices(letters, k=draw.randint(2, 4))) for _ in range(draw.randint(1, 4))]
+    ids = byte_tokenizer.encode(text, add_special_tokens=False)
+    expected, is_stopped = read_by_characters(text, stop)
+    stream, out, start = TextStream(byte_tokenizer, stop), "", 0
+    while start < len(ids) and not stream.stopped:
+        size = draw.randint(1, 7)
+        out += stream.add(ids[start : start + size])
+        start += size
+        if not stream.stopped:
+            come = byte_tokenizer.decode(ids[:start]).rstrip("\ufffd")
+            assert out == read_by_characters(come, stop)[0]
+    assert stream.stopped == is_stopped
+    if is_stopped:
+        assert out == expected
+        read = byte_tokenizer.decode(stream.ids)
+        assert any(read.endswith(s) for s in stop)
+    else:
+        assert out + stream.finish() == text
+        assert stream.ids == ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,7 +74,13 @@ def is_dicom(data: bytes) -> bool:
 
 
 def read_dicom(
-    data: bytes, source: str, *, max_pixels: int, max_frames: int, duplicate_threshold: float
+    data: bytes,
+    source: str,
+    *,
+    max_pixels: int,
+    max_frames: int,
+    duplicate_threshold: float,
+    max_total_pixels: float = math.inf,
 ) -> DicomFrames:
     """Return the frames of an ultrasound file that are shown to carry no identity.
 
@@ -88,13 +95,14 @@ def read_dicom(
         max_pixels: of one whole frame, checked before decoding.
         max_frames: kept of each pane, evenly sampled.
         duplicate_threshold: as `drop_duplicates`.
+        max_total_pixels: of all whole frames together, which bounds the time this takes.
 
     Raises:
         ValueError: when the file cannot be decoded, or a frame cannot be shown to be clean; the
             message says why.
     """
     dataset = _parse(data)
-    _check_size(dataset, max_pixels)
+    _check_size(dataset, max_pixels, max_total_pixels)
     panes = [_Pane(region) for region in find_regions(dataset)]
     panes = _survey(dataset, panes, max_frames, duplicate_threshold)
     return _extract(dataset, panes, source)
@@ -174,12 +182,17 @@ def _parse(data: bytes) -> Any:
     return dataset
 
 
-def _check_size(dataset: Any, max_pixels: int) -> None:
+def _check_size(dataset: Any, max_pixels: int, max_total_pixels: float) -> None:
     rows, columns, count = int(dataset.Rows), int(dataset.Columns), _num_frames(dataset)
     if not 0 < rows * columns <= max_pixels:
         raise ValueError(f"{columns} x {rows} pixels, at most {max_pixels} are let in")
     if not 1 <= count <= MAX_CINE_FRAMES:
         raise ValueError(f"{count} frames, at most {MAX_CINE_FRAMES} are let in")
+    if count * rows * columns > max_total_pixels:
+        raise ValueError(
+            f"{count} frames of {columns} x {rows} pixels, at most {max_total_pixels:.0f} pixels "
+            "are let in together"
+        )
     for width, height in _coded_sizes(dataset, count):
         if (width, height) != (columns, rows):
             raise ValueError(f"a frame of {width} x {height} in a file of {columns} x {rows}")

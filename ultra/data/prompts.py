@@ -66,7 +66,7 @@ def encode_conversation(
 ) -> tuple[list[int], list[int]]:
     """Return the ids and the labels of a conversation; only assistant turns carry labels.
 
-    The first user turn opens with `num_visual_tokens` VISUAL ids.
+    The user turn that the frames belong to (see Turn) opens with `num_visual_tokens` VISUAL ids.
 
     Raises:
         ValueError: for a conversation without an answer, or turns in an impossible order.
@@ -120,6 +120,7 @@ def _turn_pieces(
     if system:
         yield encode(template.system.format(system)), False
         user = template.user_after_system or user
+    shown_at = max((i for i, turn in enumerate(turns) if turn.has_frames), default=0)
     for index, turn in enumerate(turns):
         expected = "user" if index % 2 == 0 else "assistant"
         if turn.role != expected:
@@ -127,7 +128,7 @@ def _turn_pieces(
         if turn.role == "user":
             before, after = (user if index == 0 else template.user).split("{}")
             yield encode(before), False
-            if index == 0:
+            if index == shown_at:
                 yield [VISUAL] * num_visual_tokens, False
             yield encode(turn.content + after), False
         else:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -39,12 +40,20 @@ class Request:
         tokens_VD: the visual tokens, of one frame or of several in a row.
         exam_key: names the visual tokens: equal keys must mean equal tokens.
         max_new_tokens: where the answer is cut.
+        temperature: 0 takes the likeliest token each time; else tokens are drawn from
+            softmax(logits / temperature).
+        top_p: tokens are drawn from the likeliest ones alone that have this probability together.
+        seed: the same seed draws the same tokens, whatever else is being answered. None is a
+            fresh one each time.
     """
 
     prompt_ids: Sequence[int]
     tokens_VD: NDArray[np.float32]
     exam_key: str
     max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +65,7 @@ class Completion:
 
 
 class Generator:
-    """Answers many requests at a time, greedily; a context manager.
+    """Answers many requests at a time, greedy and sampled ones; a context manager.
 
     It owns the language model between `start` and `stop`. `generate` may be called from any
     thread; all `stream`s must run on one event loop.
@@ -134,6 +143,8 @@ class Generator:
         """Start the engine's thread."""
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
+        from ultra.model.sampling import make_processors
+
         base = self._language.base.eval()
         text = base.get_input_embeddings()
         self._table = VisualTable(text, self._num_slots, self._tokens_per_frame)
@@ -148,8 +159,11 @@ class Generator:
                 max_batch_tokens=self._max_batch_tokens,
                 max_requests_per_batch=self._max_requests,
                 auto_switch_to_flash=False,  # it would fetch code from a hub
+                use_cuda_graph=False,  # it would replay the noise of the first tokens
             ),
         )
+        # The engine's choice stays greedy: drawing is noise in what it chooses from.
+        self._manager.logit_processor = make_processors()
         self._manager.warmup()  # makes the cache here, where an error can be seen
         self._manager.start()
 
@@ -186,6 +200,13 @@ class Generator:
         # Ids beyond the vocabulary would read another exam's visual tokens.
         if not np.all(places | ((ids >= 0) & (ids < self._vocab_size))):
             raise ValueError(f"token ids must lie between 0 and {self._vocab_size - 1}")
+        if not (0 <= request.temperature < inf and 0 < request.top_p <= 1):
+            raise ValueError(
+                f"temperature {request.temperature} and top_p {request.top_p}, but they must be "
+                "finite and not below 0, and above 0 and at most 1"
+            )
+        if not -(2**63) <= (request.seed or 0) < 2**63:
+            raise ValueError("a seed has at most 64 bits, one of them for the sign")
         if len(ids) + request.max_new_tokens > self.capacity:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens and {request.max_new_tokens} new ones, but at "
@@ -274,11 +295,20 @@ class Generator:
         return request_id, [next(rest) if i == VISUAL else int(i) for i in request.prompt_ids]
 
     def _add(self, request_id: str, prompt: list[int], request: Request, streaming: bool) -> None:
+        options: dict[str, Any] = {}
+        if request.temperature:
+            seed = secrets.randbits(63) if request.seed is None else request.seed
+            options = {
+                "temperature": float(request.temperature),
+                "top_p": float(request.top_p),
+                "seed": seed,
+            }
         added = self._manager.add_request(
             prompt,
             request_id=request_id,
             max_new_tokens=request.max_new_tokens,
             streaming=streaming,
+            **options,
         )
         if added is None:
             raise RuntimeError("the generation engine has stopped")

@@ -1,21 +1,24 @@
 """OpenAI's chat completions, as far as they are spoken here: what comes in and what goes out.
 
-Several `image_url` parts, wherever they stand in the conversation, are the frames of one exam. The
-answer carries an `ultra` object beside OpenAI's fields: the chosen frame and every frame's score.
+The `image_url` parts of one message are the frames of one exam. Clients send the whole conversation
+each time: the answer is about the last message with images, and of those before it only the text is
+read. The answer carries an `ultra` object beside OpenAI's fields: the chosen frame, every frame's
+score, how many frames nearly repeat the one before, and the replicas that served it.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ultra.config import Positive, Section
-from ultra.data.frames import check_image
+from ultra.config import DataConfig, Positive, Section
+from ultra.data.frames import decode_frame, drop_duplicates, thumbnail
 from ultra.data.prompts import encode_prompt
 from ultra.serve.security import decode_data_url
 from ultra.types import Role, Turn
@@ -69,13 +72,25 @@ class Limits(Section):
     """Size of one encoded frame."""
     max_image_pixels: Positive = 25_000_000
     """Pixels of one frame, checked before it is decoded."""
+    max_dicom_mib: Positive = 128
+    """Size of a DICOM file that frames are taken from."""
     max_new_tokens: Positive = 256
     """Longest answer, and the one a request gets that does not say."""
 
     @property
     def max_body_bytes(self) -> int:
-        """Bytes of a whole request: every frame at its largest, in base64, and the text."""
+        """Bytes of a whole request: every frame at its largest, in base64, and the text.
+
+        Frames of earlier messages, which come again with the conversation, count as well.
+        """
         return self.max_frames * self.max_image_mib * 2**20 * 4 // 3 + 2**20
+
+
+def describe_model(limits: Limits) -> dict[str, Any]:
+    """Return the model as OpenAI lists one; its `ultra` object says what a question may hold."""
+    head = {"id": limits.model_name, "object": "model", "created": 0, "owned_by": "ultra"}
+    allowed = {name: getattr(limits, name) for name in ("max_frames", "max_image_mib")}
+    return {**head, "ultra": allowed}
 
 
 class _Open(BaseModel):
@@ -121,7 +136,15 @@ class ResponseFormat(_Open):
     type: Literal["text"]
 
 
+# Strict, because pydantic would take true for 1 and "1" as well.
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
+Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
+Temperature = Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)]
+TopP = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=100)]
+Stops = Annotated[
+    list[Stop], Field(max_length=4), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
+]
 
 
 class ChatRequest(_Open):
@@ -131,33 +154,52 @@ class ChatRequest(_Open):
     messages: Annotated[list[Message], Field(min_length=1)]
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: Positive | None = None
-    max_completion_tokens: Positive | None = None
-    temperature: float | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    n: Literal[1] | None = None
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    seed: Seed | None = None
+    stop: Stops | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=1)] | None = None
     response_format: ResponseFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A checked request."""
+    """A checked request.
+
+    The default is the likeliest answer, the same each time: whoever asks about an exam again must
+    not read something else.
+
+    Attributes:
+        frames: those of the last turn that has any.
+        num_near_duplicates: how many of them `prepare` would drop as repeats of the one before.
+    """
 
     turns: tuple[Turn, ...]
     frames: tuple[bytes, ...]
     max_new_tokens: int | None
     stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    num_near_duplicates: int = 0
     stream: bool = False
     include_usage: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """The first thing an answer says: which frame was chosen, and how long the prompt is."""
+    """The first thing an answer says: which frame was chosen, and how long the prompt is.
+
+    Attributes:
+        replicas: part of the endpoint -> the name of the one that served; None where none has one.
+    """
 
     chosen: int
     scores_K: tuple[float, ...]
     num_prompt_tokens: int
+    replicas: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +234,16 @@ def parse_chat(body: bytes, limits: Limits) -> Question:
     _check_options(request, limits)
     turns, urls = _split_messages(request.messages)
     wanted = request.max_completion_tokens or request.max_tokens
-    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    frames, num_near_duplicates = _read_frames(urls, limits)
     return Question(
         turns=turns,
-        frames=_read_frames(urls, limits),
+        frames=frames,
         max_new_tokens=wanted,
-        stop=stop,
+        stop=tuple(request.stop or ()),
+        temperature=request.temperature or 0.0,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=request.seed,
+        num_near_duplicates=num_near_duplicates,
         stream=request.stream,
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
     )
@@ -218,8 +264,6 @@ def _check_options(request: ChatRequest, limits: Limits) -> None:
             f"the model {request.model[:80]!r} does not exist, {limits.model_name!r} does",
             status=404, param="model", code="model_not_found",
         )  # fmt: skip
-    if request.temperature:
-        raise ApiError("answers are greedy: temperature must be 0 or left out", param="temperature")
     extra = request.model_extra or {}
     for name in REFUSED:
         if extra.get(name):
@@ -233,6 +277,7 @@ def _check_options(request: ChatRequest, limits: Limits) -> None:
 
 
 def _split_messages(messages: list[Message]) -> tuple[tuple[Turn, ...], list[str]]:
+    """Return the turns, and the addresses of the last message's images that has any."""
     turns: list[Turn] = []
     urls: list[str] = []
     for message in messages:
@@ -244,10 +289,10 @@ def _split_messages(messages: list[Message]) -> tuple[tuple[Turn, ...], list[str
             raise ApiError(
                 f"only user messages have images, not {message.role}'s", param="messages"
             )
-        urls += images
+        urls = images or urls
         text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
         role: Role = "system" if message.role == "developer" else message.role
-        turns.append(Turn(role, text))
+        turns.append(Turn(role, text, has_frames=bool(images)))
     if sum(len(turn.content) for turn in turns) > MAX_TEXT:
         raise ApiError(f"more than {MAX_TEXT} characters of text", param="messages")
     if any(turn.role == "user" and not turn.content.strip() for turn in turns):
@@ -262,22 +307,25 @@ def _split_messages(messages: list[Message]) -> tuple[tuple[Turn, ...], list[str
 _NO_TOKENS: Any = SimpleNamespace(bos_token_id=None, eos_token_id=0, encode=lambda *_, **__: [])
 
 
-def _read_frames(urls: list[str], limits: Limits) -> tuple[bytes, ...]:
+def _read_frames(urls: list[str], limits: Limits) -> tuple[tuple[bytes, ...], int]:
+    """Return the frames of a group, and how many of them nearly repeat the one kept before."""
     if not 1 <= len(urls) <= limits.max_frames:
         raise ApiError(
             f"{len(urls)} images; a question is about 1 to {limits.max_frames} frames of one exam",
             param="messages",
         )
     max_bytes = limits.max_image_mib * 2**20
-    frames = []
+    frames, thumbnails = [], []
     for number, url in enumerate(urls, 1):
         try:
             frame = decode_data_url(url, max_bytes)
-            check_image(frame, max_bytes=max_bytes, max_pixels=limits.max_image_pixels)
+            pixels = decode_frame(frame, max_bytes=max_bytes, max_pixels=limits.max_image_pixels)
         except ValueError as error:
             raise ApiError(f"image {number}: {error}", param="messages") from None
         frames.append(frame)
-    return tuple(frames)
+        thumbnails.append(thumbnail(pixels))
+    distinct = drop_duplicates(thumbnails, DataConfig().duplicate_threshold)
+    return tuple(frames), len(frames) - len(distinct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +334,7 @@ class Reply:
 
     model: str
     opening: Opening
+    num_near_duplicates: int = 0
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -327,4 +376,11 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _ultra(self) -> dict[str, Any]:
-        return {"chosen_frame": self.opening.chosen, "scores": list(self.opening.scores_K)}
+        ultra = {
+            "chosen_frame": self.opening.chosen,
+            "scores": list(self.opening.scores_K),
+            "num_near_duplicates": self.num_near_duplicates,
+        }
+        if self.opening.replicas is None:
+            return ultra
+        return {**ultra, "replicas": dict(self.opening.replicas)}

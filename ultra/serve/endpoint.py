@@ -29,8 +29,11 @@ from ultra.serve.api import (
     Question,
     Refusal,
     Reply,
+    describe_model,
     parse_chat,
 )
+from ultra.serve.dicom import open_dicom
+from ultra.serve.page import create_page
 from ultra.serve.security import ApiKeys
 
 logger = logging.getLogger(__name__)
@@ -105,7 +108,7 @@ class Metrics:
 
 
 def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
-    """Return the endpoint; `/health/live` alone answers without a key."""
+    """Return the endpoint; `/health/live` and the page's files alone are open without a key."""
 
     def require_key(request: Request) -> None:
         if not keys.admit(request.headers.get("authorization")):
@@ -116,7 +119,7 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
     metrics = Metrics()
     app = FastAPI(title="ultra", docs_url=None, redoc_url=None, openapi_url=None)
     router = APIRouter(dependencies=[Depends(require_key)])
-    model = {"id": limits.model_name, "object": "model", "created": 0, "owned_by": "ultra"}
+    model = describe_model(limits)
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
@@ -150,7 +153,16 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
             metrics.refused(error.status)
             raise
 
+    opening = asyncio.Semaphore(1)  # a cine takes seconds; questions find the other threads free
+
+    @router.post("/v1/frames")
+    async def show_frames(request: Request) -> dict[str, Any]:
+        body = await _read_body(request, limits.max_dicom_mib * 2**20)
+        async with opening:
+            return await asyncio.to_thread(open_dicom, body, limits)
+
     app.include_router(router)
+    app.include_router(create_page())
     app.add_exception_handler(ApiError, _show_error)
     app.add_exception_handler(HTTPException, _show_error)
     app.add_exception_handler(Exception, _show_error)
@@ -167,7 +179,7 @@ async def _chat(request: Request, backend: Backend, limits: Limits, metrics: Met
         if isinstance(first, Refusal):
             raise ApiError(first.message, param="messages")
         assert isinstance(first, Opening)
-        reply = Reply(limits.model_name, first)
+        reply = Reply(limits.model_name, first, question.num_near_duplicates)
         if question.stream:
             chunks = _stream(reply, events, question.include_usage)
             return StreamingResponse(chunks, media_type="text/event-stream")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,7 +22,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from ultra.data.schema import content_digest
-from ultra.serve.api import ApiError, Event, Limits, Question
+from ultra.serve.api import ApiError, Event, Limits, Opening, Question
 from ultra.serve.endpoint import create_app
 from ultra.serve.security import load_keys
 from ultra.types import Turn, VisualTokens
@@ -52,9 +53,10 @@ class EncoderReplica:
         self._encoder = Encoder(args.checkpoint, args.encoder_device)
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.01)
-    async def look(self, groups: list[tuple[bytes, ...]]) -> list[VisualTokens]:
-        """Return the visual tokens of each group."""
-        return await asyncio.to_thread(self._encoder.look, groups)
+    async def look(self, groups: list[tuple[bytes, ...]]) -> list[tuple[VisualTokens, str]]:
+        """Return the visual tokens of each group, and who looked."""
+        visuals = await asyncio.to_thread(self._encoder.look, groups)
+        return [(visual, _own_name()) for visual in visuals]
 
     async def ready(self) -> bool:
         """Return True once the weights are loaded."""
@@ -77,11 +79,15 @@ class LanguageReplica:
         self._language = Language(args.checkpoint, args.max_new_tokens, args.language_device)
 
     async def answer(
-        self, visual: VisualTokens, exam_key: str, turns: Sequence[Turn], *options: Any
+        self, seen: tuple[VisualTokens, str], exam_key: str, turns: Sequence[Turn], **options: Any
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of one answer; see Language.answer."""
-        async with aclosing(self._language.answer(visual, exam_key, turns, *options)) as events:
+        visual, encoder = seen
+        async with aclosing(self._language.answer(visual, exam_key, turns, **options)) as events:
             async for event in events:
+                if isinstance(event, Opening):
+                    replicas = {"encoder": encoder, "language": _own_name()}
+                    event = replace(event, replicas=replicas)
                 yield event
 
     async def ready(self) -> bool:
@@ -124,11 +130,18 @@ class Ingress:
     async def answer(self, question: Question) -> AsyncGenerator[Event, None]:
         """Yield the events of one answer; see endpoint.Backend."""
         exam_key = content_digest(question.frames)
-        visual = self._encoder.look.remote(question.frames)
+        seen = self._encoder.look.remote(question.frames)
         # The session leads a question about the same exam to the replica that remembers it.
         language = self._language.options(stream=True, session_id=exam_key)
         events: Any = language.answer.remote(
-            visual, exam_key, question.turns, question.max_new_tokens, question.stop
+            seen,
+            exam_key,
+            question.turns,
+            max_new_tokens=question.max_new_tokens,
+            stop=question.stop,
+            temperature=question.temperature,
+            top_p=question.top_p,
+            seed=question.seed,
         )
         try:
             async for event in events:
@@ -148,6 +161,10 @@ class Ingress:
             return all(await asyncio.wait_for(probes, PROBE_TIMEOUT_S))
         except Exception:  # dead, starting or too busy: each of them is not ready
             return False
+
+
+def _own_name() -> str:
+    return str(serve.get_replica_context().replica_id.unique_id)
 
 
 def build_app(args: ServeArgs | dict[str, Any]) -> Application:

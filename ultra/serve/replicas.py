@@ -60,6 +60,9 @@ class Language:
         turns: Sequence[Turn],
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Yield an Opening, then Deltas of which the last is finished; or a Refusal alone.
 
@@ -71,79 +74,85 @@ class Language:
             turns: the conversation, the last turn the user's.
             max_new_tokens: None gives as many as are allowed and fit.
             stop: strings that end the answer; they are no part of it.
+            temperature: 0 for the likeliest answer; this and what follows as in Request.
+            top_p: the share of the probability that tokens are drawn from.
+            seed: None for a fresh one.
         """
         try:
             prompt = encode_prompt(self._tokenizer, self._template, turns, len(visual.tokens_TD))
             room = self._generator.capacity - len(prompt)
             limit = max_new_tokens or max(1, min(self._max_new_tokens, room))
-            request = Request(prompt, visual.tokens_TD, exam_key, limit)
+            request = Request(prompt, visual.tokens_TD, exam_key, limit, temperature, top_p, seed)
             self._generator.check(request)
         except ValueError as error:
             yield Refusal(str(error))
             return
         yield Opening(visual.chosen, visual.scores_K, len(prompt))
         text = TextStream(self._tokenizer, stop)
-        ids: list[int] = []
         async with aclosing(self._generator.stream(request)) as stream:
             async for new_ids in stream:
-                ids += new_ids
                 piece = text.add(new_ids)
                 if text.stopped:
-                    yield Delta(piece, len(ids), "stop")
-                    return
+                    break
                 if piece:
-                    yield Delta(piece, len(ids))
-        rest = text.finish()
-        reason = "stop" if text.stopped else self._generator.finish_reason(ids)
-        yield Delta(rest, len(ids), reason)
+                    yield Delta(piece, len(text.ids))
+            else:
+                piece = text.finish()
+        # The engine is rid of a stopped request by now, however slowly this is read.
+        reason = "stop" if text.stopped else self._generator.finish_reason(text.ids)
+        yield Delta(piece, len(text.ids), reason)
 
 
 class TextStream:
     """Token ids in, text out as soon as it is certain.
 
     Text is held back while a character's bytes are not complete, and while it may be the
-    beginning of a stop string.
+    beginning of a stop string. Of several stop strings the one that is complete first counts.
 
     Attributes:
+        ids: those read so far; those after a stop string are not.
         stopped: whether a stop string was met.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.ids: list[int] = []
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
-        self._hold = max((len(s) for s in stop), default=1) - 1
-        self._ids: list[int] = []
         self._before = 0  # ids decoded again, because the text of an id depends on its neighbours
         self._read = 0  # ids whose text is in _text
         self._text = ""  # not given out yet
 
     def add(self, ids: Sequence[int]) -> str:
         """Return the text that has become certain with these ids."""
-        self._ids += ids
-        text = self._unread()
-        if text.endswith("\ufffd"):  # a character whose bytes have not all come
-            return ""
-        self._before, self._read = self._read, len(self._ids)
-        self._text += text
-        return self._take(len(self._text) - self._hold)
+        return "".join(self._add(token) for token in ids if not self.stopped)
 
     def finish(self) -> str:
         """Return the rest of the text; no more ids come."""
         self._text += self._unread()
-        self._before = self._read = len(self._ids)
-        return self._take(len(self._text))
+        self._before = self._read = len(self.ids)
+        return self._take(hold=0)
+
+    def _add(self, token: int) -> str:
+        self.ids.append(token)
+        text = self._unread()
+        if text.endswith("\ufffd"):  # a character whose bytes have not all come
+            return ""
+        self._before, self._read = self._read, len(self.ids)
+        self._text += text
+        begun = (n for s in self._stop for n in range(1, len(s)) if self._text.endswith(s[:n]))
+        return self._take(hold=max(begun, default=0))
 
     def _unread(self) -> str:
-        old = self._tokenizer.decode(self._ids[self._before : self._read], skip_special_tokens=True)
-        new = self._tokenizer.decode(self._ids[self._before :], skip_special_tokens=True)
+        old = self._tokenizer.decode(self.ids[self._before : self._read], skip_special_tokens=True)
+        new = self._tokenizer.decode(self.ids[self._before :], skip_special_tokens=True)
         return new[len(old) :]
 
-    def _take(self, count: int) -> str:
-        starts = [i for s in self._stop if (i := self._text.find(s)) >= 0]
+    def _take(self, hold: int) -> str:
+        count = len(self._text) - hold
+        starts = [(i + len(s), i) for s in self._stop if (i := self._text.find(s)) >= 0]
         if starts:
             self.stopped = True
-            count = min(starts)
-        count = max(count, 0)
+            _, count = min(starts)
         text, self._text = self._text[:count], self._text[count:]
         return text

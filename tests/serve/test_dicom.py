@@ -1,0 +1,60 @@
+"""DICOM files opened for the page."""
+
+from __future__ import annotations
+
+import base64
+
+import pytest
+from pydicom.data import get_testdata_file
+
+from ultra.data.dicom import read_dicom
+from ultra.serve import dicom
+from ultra.serve.api import ApiError, Limits
+from ultra.serve.dicom import open_dicom
+
+LIMITS = Limits(max_frames=5)
+
+
+def real(name: str) -> bytes:
+    path = get_testdata_file(f"{name}.dcm", download=False)
+    assert path, name
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def test_frames_are_those_of_prepare() -> None:
+    data = real("color3d_jpeg_baseline")
+    found = read_dicom(data, "", max_pixels=10**6, max_frames=5, duplicate_threshold=2.0)
+    listed = open_dicom(data, LIMITS)["data"]
+    assert [base64.b64decode(frame["url"].partition(",")[2]) for frame in listed] == [*found.frames]
+    assert [frame["source"] for frame in listed] == [*found.frame_sources]
+    assert [frame["evidence"] for frame in listed] == [*found.evidence]
+    assert {frame["url"].partition(",")[0] for frame in listed} == {"data:image/jpeg;base64"}
+
+
+def test_several_panes_do_not_come_to_more_than_a_question_may_hold(monkeypatch) -> None:
+    def read_more(*args, **options):
+        return read_dicom(*args, **{**options, "max_frames": 5})
+
+    monkeypatch.setattr(dicom, "read_dicom", read_more)
+    assert len(open_dicom(real("color3d_jpeg_baseline"), Limits(max_frames=3))["data"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"\xff\xd8\xff", "not a DICOM file"),
+        (real("examples_ybr_color"), "region"),
+        (real("examples_ybr_color")[:9000], "no pixels"),
+    ],
+)
+def test_what_prepare_would_refuse_is_refused(data, reason) -> None:
+    with pytest.raises(ApiError, match=reason) as raised:
+        open_dicom(data, LIMITS)
+    assert raised.value.status == 400
+
+
+def test_a_cine_that_would_take_too_long_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(dicom, "MAX_TOTAL_PIXELS", 119 * 480 * 640)
+    with pytest.raises(ApiError, match=r"120 frames of 640 x 480 pixels, at most 36556800"):
+        open_dicom(real("color3d_jpeg_baseline"), LIMITS)
