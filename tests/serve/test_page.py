@@ -101,7 +101,7 @@ def find_browser() -> str:
     found = named or next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         message = "no Chromium: `make browser` installs Debian's, CHROMIUM names any other"
-        if os.environ.get("CI"):
+        if os.environ.get("CI") and not os.environ.get("NO_BROWSER"):
             pytest.fail(message)
         pytest.skip(message)
     return found
