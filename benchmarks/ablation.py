@@ -73,6 +73,7 @@ class Row:
         config: its whole tree, seed 0.
         frames: `all`, or `valid` for an oracle that lays only frames before the model that show
             what the report says.
+        named: whether it is run only when its name is given.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Row:
     title: str
     config: PipelineConfig
     frames: str = "all"
+    named: bool = False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -101,7 +103,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--root", default="runs/ablation", help="default %(default)s")
     parser.add_argument("--quick", action="store_true", help="one seed, fewer exams and steps")
-    parser.add_argument("--rows", nargs="+", help="default: all of ablation.yaml")
+    parser.add_argument("--rows", nargs="+", help="default: the `tables` of ablation.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of ablation.yaml")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b=c")
     parser.add_argument(
@@ -129,8 +131,9 @@ def read_rows(root: str, quick: bool, overrides: Sequence[str]) -> tuple[list[Ro
             row["title"],
             load(raw["preset"], [*common, *overrides, *row.get("set", ()), f"name={name}"]),
             row.get("frames", "all"),
+            named=table in raw["more"],
         )
-        for table, members in raw["tables"].items()
+        for table, members in {**raw["tables"], **raw["more"]}.items()
         for name, row in members.items()
     ]
     return rows, raw["quick"]["seeds"] if quick else raw["seeds"]
@@ -141,7 +144,7 @@ def _pick(rows: Sequence[Row], names: Sequence[str] | None) -> list[Row]:
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
         raise InputError(f"--rows: unknown {unknown[0]!r}; allowed: {', '.join(known)}")
-    return [row for row in rows if not names or row.name in names]
+    return [row for row in rows if (row.name in names if names else not row.named)]
 
 
 def run_all(rows: Sequence[Row], seeds: Sequence[int]) -> None:

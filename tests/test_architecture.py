@@ -211,7 +211,7 @@ def test_tests_mirror_the_package() -> None:
         subject = path.stem.removeprefix("test_")
         if not folder.parts and subject in whole:
             continue
-        source = ROOT / "ultra" / folder
+        source = ROOT / (folder if folder.parts == ("benchmarks",) else "ultra" / folder)
         found = source.rglob("*.py") if folder.parts else source.glob("*.py")
         modules = {p.stem for p in found}
         named = any(subject == module or subject.endswith(f"_{module}") for module in modules)
@@ -270,6 +270,10 @@ def make_targets() -> set[str]:
 
 def check_job(module: str, args: list[str]) -> None:
     """Fail unless the module exists and takes the arguments."""
+    if module.startswith("benchmarks."):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        importlib.import_module(module)._parse(args)
+        return
     assert module.removeprefix("ray_jobs.") in JOBS, module
     if module in {"ray_jobs.demo", "ray_jobs.demo_server"}:
         parsed = importlib.import_module(module)._parse(args)
