@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from ultra.model.language import LanguageBranch
+from ultra.model.sampling import make_processors
 from ultra.model.visual_table import VisualTable
 from ultra.types import VISUAL
 
@@ -142,8 +143,6 @@ class Generator:
     def start(self) -> None:
         """Start the engine's thread."""
         from transformers import ContinuousBatchingConfig, GenerationConfig
-
-        from ultra.model.sampling import make_processors
 
         base = self._language.base.eval()
         text = base.get_input_embeddings()

@@ -12,15 +12,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
 
 _COLDEST = 1e-6
 """Below this temperature the softmax is its maximum, and float32 would divide by zero."""
@@ -31,11 +26,18 @@ _STEP, _MIX_1, _MIX_2 = (
 )
 
 
-class Sampler(ContinuousBatchingLogitsProcessor):
-    """Adds noise to the logits of the requests that came with a temperature, and to no others."""
+class Sampler:
+    """Adds noise to the logits of the requests that came with a temperature, and to no others.
 
-    supported_kwargs = {"temperature": float, "top_p": float, "seed": int}  # noqa: RUF012
-    ignored_kwargs = ()
+    One of the engine's logits processors; the names are those that it calls.
+    """
+
+    supported_kwargs: ClassVar[dict[str, type]] = {
+        "temperature": float,
+        "top_p": float,
+        "seed": int,
+    }
+    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         self._rows: list[int] = []
@@ -71,6 +73,13 @@ class Sampler(ContinuousBatchingLogitsProcessor):
 
 def make_processors() -> Any:
     """Return what an engine that has not begun takes as its `logit_processor`."""
+    from transformers import LogitsProcessorList
+    from transformers.generation.continuous_batching.cb_logits_processors import (
+        ContinuousBatchingLogitsProcessor,
+        ContinuousBatchingLogitsProcessorList,
+    )
+
+    ContinuousBatchingLogitsProcessor.register(Sampler)  # a subclass would import transformers
     processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([Sampler()]))
     processors.tensors_required = 1
     return processors
