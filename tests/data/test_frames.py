@@ -123,6 +123,13 @@ def test_a_frame_is_turned_upright_as_its_metadata_says() -> None:
     assert decode_frame(data, **CAPS).shape == (60, 40)
 
 
+def test_metadata_that_cannot_be_read_turns_nothing() -> None:
+    data = encoded(gradient(60, 40), "PNG", exif=b"Exif\0\0no TIFF here")
+    with pytest.raises(SyntaxError):
+        Image.open(io.BytesIO(data)).getexif()
+    assert decode_frame(data, **CAPS).shape == (40, 60)
+
+
 def test_every_kind_of_pixel_becomes_grey_or_rgb() -> None:
     deep = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16))
     assert decode_frame(encoded(deep, "PNG"), **CAPS).tolist() == [[0, 1, 255]]

@@ -35,10 +35,12 @@ def check_image(data: bytes, *, max_bytes: int, max_pixels: int) -> tuple[int, i
 def decode_frame(data: bytes, *, max_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
     """Return the pixels of a JPEG or PNG, upright, as (H, W) grey or (H, W, 3) RGB.
 
+    Where it cannot be read which way is up, they are as they are stored.
+
     Raises:
         ValueError: as `check_image`.
     """
-    image = ImageOps.exif_transpose(_load(data, max_bytes, max_pixels))
+    image = _turn_upright(_load(data, max_bytes, max_pixels))
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip, not scale
         return (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
     grey = image.mode in ("1", "L", "LA")
@@ -164,3 +166,10 @@ def _load(data: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
     except Exception:  # the same for hostile or cut bodies
         raise ValueError("damaged or cut short") from None
     return image
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # many kinds as well, and the pixels are whole
+        return image
