@@ -84,6 +84,7 @@ class Watched:
             for name, data in files.items()
         ]
         self.page.set_input_files("#files", payloads)
+        expect(self.page.locator("body.reading")).to_have_count(0)
 
     def ask(self, text: str) -> None:
         self.page.fill("#question", text)

@@ -312,7 +312,8 @@ function restart() {
 // Questions and answers
 
 async function ask(text) {
-  if (answering || !text) return;
+  // Frames still being read would take the question for one about other frames.
+  if (answering || !text || document.body.classList.contains("reading")) return;
   if (!frames.length) {
     trouble = (w) => w.noFrames;
     render();
