@@ -105,8 +105,8 @@ def summarise(runs: Sequence[Run]) -> Results:
         by_name.setdefault(run.name, []).append(run)
     full = by_name[FULL]
     metrics = _metrics(lesion_exams(full[0].predictions))
-    rows = []
-    differences = []
+    rows: list[dict[str, Any]] = []
+    differences: list[dict[str, Any]] = []
     for name, members in by_name.items():
         first = members[0]
         scores = _spread([_score(run, metrics) for run in members])
