@@ -72,6 +72,8 @@ class Watched:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("console", self._hear)
         page.on("request", lambda request: self.requests.append(request.url))
+        # Heard from the start: a chooser that opens before Playwright listens is lost.
+        page.on("filechooser", lambda chooser: None)
         page.goto(url)
 
     def _hear(self, message) -> None:
@@ -284,6 +286,24 @@ def test_frames_are_dropped_and_the_rest_is_told_off(watched) -> None:
     assert png == FRAMES[2]
     arrived = np.asarray(Image.open(io.BytesIO(webp)).convert("L"))
     assert np.array_equal(arrived, np.asarray(Image.open(io.BytesIO(FRAMES[0]))))
+
+
+def test_no_question_goes_out_while_frames_are_read(watched) -> None:
+    page = watched.page
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))  # which the page asks for first
+    page.set_input_files("#files", {"name": "a.png", "mimeType": "", "buffer": FRAMES[0]})
+    expect(page.get_by_role("button", name="正在读取")).to_be_disabled()
+    expect(page.locator("#send")).to_be_disabled()
+    watched.ask("见囊肿？")
+    expect(page.locator("#question")).to_have_value("见囊肿？")
+    expect(page.locator("#trouble")).to_be_hidden()
+    wait_until(lambda: page.evaluate("1") and held)
+    held[0].continue_()
+    expect(page.locator("#send")).to_be_enabled()
+    page.press("#question", "Enter")
+    expect(watched.last("answer")).to_have_text("".join(PIECES))
+    assert len(watched.backend.asked) == 1
 
 
 def test_by_keyboard_alone(watched) -> None:

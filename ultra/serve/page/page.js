@@ -118,6 +118,7 @@ let tongue = recall("language") ?? (navigator.language.startsWith("zh") ? "zh" :
 let words = WORDS[tongue];
 let model = null; // as the endpoint lists it, once asked
 let frames = []; // {url, name, evidence}
+let reading = 0; // lots of files on their way to become frames
 let shown = 0; // the frame in the viewer
 let verdict = null; // {chosen, scores} of these frames
 let turns = []; // the conversation as the endpoint reads it
@@ -220,7 +221,7 @@ async function addFiles(files) {
   if (!files.length) return;
   stop();
   trouble = null;
-  document.body.classList.add("reading");
+  reading += 1;
   render();
   const troubles = [];
   await findModel().catch((error) => troubles.push(error)); // plain images are shown all the same
@@ -231,7 +232,7 @@ async function addFiles(files) {
       troubles.push(error);
     }
   }
-  document.body.classList.remove("reading");
+  reading -= 1;
   if (troubles.length) trouble = (w) => troubles.map((t) => describe(t, w)).join("\n");
   changeFrames(shown);
   // Where there is no mouse there is a keyboard on the screen, and it would hide the frames.
@@ -313,7 +314,7 @@ function restart() {
 
 async function ask(text) {
   // Frames still being read would take the question for one about other frames.
-  if (answering || !text || document.body.classList.contains("reading")) return;
+  if (answering || reading || !text) return;
   if (!frames.length) {
     trouble = (w) => w.noFrames;
     render();
@@ -485,8 +486,8 @@ function renderFrames() {
   document.body.classList.toggle("empty", !some);
   for (const id of ["viewer", "strip", "remove", "clear"]) $(id).hidden = !some;
   $("legend").hidden = verdict === null;
-  const reading = document.body.classList.contains("reading");
-  $("drop").disabled = reading;
+  document.body.classList.toggle("reading", reading > 0);
+  $("drop").disabled = reading > 0;
   $("drop-title").textContent = reading ? words.reading : some ? words.dropMore : words.drop;
   $("trouble").hidden = trouble === null;
   write($("trouble"), trouble?.(words) ?? "");
@@ -559,7 +560,8 @@ function renderConversation() {
   $("restart").hidden = turns.length === 0;
   $("send").hidden = answering !== null;
   $("stop").hidden = answering === null;
-  for (const button of document.querySelectorAll(".example")) button.disabled = answering !== null;
+  const waits = answering !== null || reading > 0;
+  for (const button of [$("send"), ...document.querySelectorAll(".example")]) button.disabled = waits;
 }
 
 function showAccess(word) {
