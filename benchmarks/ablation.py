@@ -35,6 +35,7 @@ import yaml
 
 from benchmarks.ablation_tables import FULL, Run, blind_runs, draw, flat, summarise, to_markdown
 from ultra import storage
+from ultra.cli import refuse_lost_output
 from ultra.config import InputError, PipelineConfig, load
 from ultra.data import parquet, schema
 from ultra.data.features import features_uri, read_features, unpack
@@ -88,13 +89,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what is missing and write the tables."""
     args = _parse(argv)
     try:
-        rows, seeds = read_rows(args.root, args.quick, args.overrides)
+        refuse_lost_output(args.root)
+        root = args.root if "://" in args.root else str(Path(args.root).absolute())
+        root = storage.join(root, "quick" if args.quick else "full")
+        rows, seeds = read_rows(root, args.quick, args.overrides)
         if not args.tables_only:
             run_all(_pick(rows, args.rows), args.seeds or seeds)
-        results = gather(rows, args.seeds or seeds)
+        # Every run that is there counts, also where this command was for some seeds alone.
+        runs = gather(rows, sorted({*seeds, *(args.seeds or ())}))
     except InputError as error:
         sys.exit(str(error))
-    write_results(results, rows[0].config, "ablation-quick" if args.quick else "ablation")
+    write_results(runs, rows[0].config, "ablation-quick" if args.quick else "ablation")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -109,11 +114,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tables-only", action="store_true", help="only the tables, from the answers kept"
     )
-    args = parser.parse_args(argv)
-    if "://" not in args.root:
-        args.root = str(Path(args.root).absolute())
-    args.root = storage.join(args.root, "quick" if args.quick else "full")
-    return args
+    return parser.parse_args(argv)
 
 
 def read_rows(root: str, quick: bool, overrides: Sequence[str]) -> tuple[list[Row], list[int]]:

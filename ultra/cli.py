@@ -55,7 +55,7 @@ def config_from_args(description: str | None, argv: Sequence[str] | None = None)
     args = parser.parse_args(argv)
     try:
         config = load(args.config, args.overrides)
-        _refuse_lost_output(config)
+        refuse_lost_output(config.root)
     except ConfigError as error:
         parser.exit(2, f"{error}\n")
     if args.print:
@@ -64,11 +64,16 @@ def config_from_args(description: str | None, argv: Sequence[str] | None = None)
     return config
 
 
-def _refuse_lost_output(config: PipelineConfig) -> None:
+def refuse_lost_output(root: str) -> None:
+    """Raise where what is written under a root would be deleted with the job.
+
+    Raises:
+        ConfigError: for a relative root in a job's copy of its working directory.
+    """
     # `ray job submit --working-dir` runs in a copy of the folder that Ray deletes afterwards.
     in_copy = "runtime_resources" in Path.cwd().parts
-    if in_copy and "://" not in config.root and not os.path.isabs(config.root):
+    if in_copy and "://" not in root and not os.path.isabs(root):
         raise ConfigError(
-            f"root: {config.root!r} is relative, and this job's working directory is a copy that "
+            f"root: {root!r} is relative, and this job's working directory is a copy that "
             "Ray deletes; give an absolute path or an s3:// address"
         )

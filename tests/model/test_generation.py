@@ -82,6 +82,19 @@ def test_the_same_tokens_as_generate(language, generator) -> None:
     check_answers(expected, generator.generate(requests))  # now from cached prefixes
 
 
+def make_small(language) -> Generator:
+    """An engine with 96 tokens of cache: requests of up to 80 are thrown out and begun again."""
+    return Generator(
+        language,
+        tokens_per_frame=T,
+        num_slots=5,
+        max_requests=3,
+        max_batch_tokens=16,
+        page_size=4,
+        num_blocks=24,
+    )
+
+
 def sampled(request: Request, seed: int | None, temperature: float = 1.5, top_p: float = 0.95):
     return replace(request, temperature=temperature, top_p=top_p, seed=seed)
 
@@ -147,15 +160,7 @@ def test_a_seed_draws_the_same_from_a_prompt_read_again(language, generator) -> 
             )
             assert token_ids(generator.generate([resumed])) == [ids[sent:]]
     # Here the engine itself throws requests out and begins them again.
-    with Generator(
-        language,
-        tokens_per_frame=T,
-        num_slots=5,
-        max_requests=3,
-        max_batch_tokens=16,
-        page_size=4,
-        num_blocks=24,
-    ) as small:
+    with make_small(language) as small:
         assert token_ids(small.generate(requests)) == expected
 
 
@@ -193,16 +198,7 @@ def test_few_slots_small_batches_and_a_small_cache(language) -> None:
     requests = [make_request(i, exam=i % 7, words=20 + i, new=30) for i in range(14)]
     requests += [make_request(i, num_frames=2, new=30) for i in range(14, 17)]
     expected = expect(language, requests)
-    # 96 tokens of cache for requests of up to 80: they are thrown out and begun again.
-    with Generator(
-        language,
-        tokens_per_frame=T,
-        num_slots=5,
-        max_requests=3,
-        max_batch_tokens=16,
-        page_size=4,
-        num_blocks=24,
-    ) as generator:
+    with make_small(language) as generator:
         check_answers(expected, generator.generate(requests))
 
 
