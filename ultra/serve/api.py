@@ -33,6 +33,10 @@ REFUSED = (
 """Fields that would change the answer and are not understood; the others are ignored."""
 
 
+RETRY_AFTER_S = 5.0
+"""When a refused request may come again; most answers take less."""
+
+
 class ApiError(ValueError):
     """A request that is not answered, in the form OpenAI's clients read."""
 
@@ -62,10 +66,18 @@ class ApiError(ValueError):
         }
 
 
+def too_busy() -> ApiError:
+    """Return the refusal of a request that may come again soon."""
+    return ApiError(
+        "too many requests, try again soon", status=429, retry_after_s=RETRY_AFTER_S
+    )
+
+
 class Limits(Section):
     """What a request may ask for."""
 
-    model_name: str = "ultra"
+    models: Annotated[dict[str, str], Field(min_length=1)] = {"ultra": ""}
+    """Name of a model -> its checkpoint; the page asks the first."""
     max_frames: Annotated[int, Field(ge=1, le=64)] = 16
     """Frames of one request."""
     max_image_mib: Positive = 8
@@ -86,11 +98,11 @@ class Limits(Section):
         return self.max_frames * self.max_image_mib * 2**20 * 4 // 3 + 2**20
 
 
-def describe_model(limits: Limits) -> dict[str, Any]:
-    """Return the model as OpenAI lists one; its `ultra` object says what a question may hold."""
-    head = {"id": limits.model_name, "object": "model", "created": 0, "owned_by": "ultra"}
+def describe_models(limits: Limits) -> list[dict[str, Any]]:
+    """Return the models as OpenAI lists them; their `ultra` says what a question may hold."""
     allowed = {name: getattr(limits, name) for name in ("max_frames", "max_image_mib")}
-    return {**head, "ultra": allowed}
+    rest = {"object": "model", "created": 0, "owned_by": "ultra", "ultra": allowed}
+    return [{"id": name, **rest} for name in limits.models]
 
 
 class _Open(BaseModel):
@@ -165,6 +177,27 @@ class ChatRequest(_Open):
 
 
 @dataclass(frozen=True, slots=True)
+class Ticket:
+    """What stays the same when another replica goes on with a request.
+
+    Attributes:
+        id: names the request; of hexadecimal digits.
+        created: unix time of its arrival, which its deadline counts from.
+        begun: token ids of an answer whose text the client has already been sent; None before it
+            has been sent anything.
+    """
+
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: float = field(default_factory=time.time)
+    begun: tuple[int, ...] | None = None
+
+    @property
+    def seed(self) -> int:
+        """A seed for a request that brings none."""
+        return int(self.id[:15], 16)
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """A checked request.
 
@@ -186,6 +219,8 @@ class Question:
     num_near_duplicates: int = 0
     stream: bool = False
     include_usage: bool = False
+    model: str = ""
+    ticket: Ticket = field(default_factory=Ticket)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,28 +229,45 @@ class Opening:
 
     Attributes:
         replicas: part of the endpoint -> the name of the one that served; None where none has one.
+        num_cached_frames: frames that the encoder had seen before.
     """
 
     chosen: int
     scores_K: tuple[float, ...]
     num_prompt_tokens: int
     replicas: Mapping[str, str] | None = None
+    num_cached_frames: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """More of an answer's text; `num_tokens` counts all so far, the last has a finish reason."""
+    """More of an answer.
+
+    Attributes:
+        text: what has become certain.
+        token_ids: those read since the last delta; a replica that is told them goes on from here.
+        num_tokens: all of the answer so far.
+        finish_reason: that of the last delta.
+        num_cached_tokens: tokens of the prompt that the engine remembered; of the last delta.
+    """
 
     text: str
     num_tokens: int
     finish_reason: Literal["stop", "length"] | None = None
+    token_ids: tuple[int, ...] = ()
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Instead of an answer: why the language model cannot take the question."""
+    """Instead of an answer: why the language model cannot take the question.
+
+    Attributes:
+        busy: whether it can later.
+    """
 
     message: str
+    busy: bool = False
 
 
 Event = Opening | Delta | Refusal
@@ -244,6 +296,7 @@ def parse_chat(body: bytes, limits: Limits) -> Question:
         top_p=1.0 if request.top_p is None else request.top_p,
         seed=request.seed,
         num_near_duplicates=num_near_duplicates,
+        model=request.model,
         stream=request.stream,
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
     )
@@ -259,9 +312,9 @@ def _explain(error: ValidationError) -> ApiError:
 
 
 def _check_options(request: ChatRequest, limits: Limits) -> None:
-    if request.model != limits.model_name:
+    if request.model not in limits.models:
         raise ApiError(
-            f"the model {request.model[:80]!r} does not exist, {limits.model_name!r} does",
+            f"the model {request.model[:80]!r} does not exist; there is {', '.join(limits.models)}",
             status=404, param="model", code="model_not_found",
         )  # fmt: skip
     extra = request.model_extra or {}
@@ -332,11 +385,8 @@ def _read_frames(urls: list[str], limits: Limits) -> tuple[tuple[bytes, ...], in
 class Reply:
     """An answer in OpenAI's form, whole or in chunks."""
 
-    model: str
+    question: Question
     opening: Opening
-    num_near_duplicates: int = 0
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
 
     def completion(self, text: str, last: Delta) -> dict[str, Any]:
         """Return the whole answer."""
@@ -363,23 +413,31 @@ class Reply:
         head = self._head("chat.completion.chunk")
         return {**head, "choices": [], "usage": self.usage(last)}
 
-    def usage(self, last: Delta) -> dict[str, int]:
+    def usage(self, last: Delta) -> dict[str, Any]:
         """Return the tokens of prompt (visual ones included) and answer (the end one included)."""
         prompt = self.opening.num_prompt_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": last.num_tokens,
             "total_tokens": prompt + last.num_tokens,
+            "prompt_tokens_details": {"cached_tokens": last.num_cached_tokens},
         }
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        ticket = self.question.ticket
+        return {
+            "id": f"chatcmpl-{ticket.id}",
+            "object": kind,
+            "created": int(ticket.created),
+            "model": self.question.model,
+        }
 
     def _ultra(self) -> dict[str, Any]:
         ultra = {
             "chosen_frame": self.opening.chosen,
             "scores": list(self.opening.scores_K),
-            "num_near_duplicates": self.num_near_duplicates,
+            "num_near_duplicates": self.question.num_near_duplicates,
+            "num_cached_frames": self.opening.num_cached_frames,
         }
         if self.opening.replicas is None:
             return ultra

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -29,10 +30,12 @@ from ultra.serve.api import (
     Question,
     Refusal,
     Reply,
-    describe_model,
+    describe_models,
     parse_chat,
+    too_busy,
 )
 from ultra.serve.dicom import open_dicom
+from ultra.serve.gateway import END, mark_tokens, read_ticket
 from ultra.serve.page import create_page
 from ultra.serve.security import ApiKeys
 
@@ -119,7 +122,7 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
     metrics = Metrics()
     app = FastAPI(title="ultra", docs_url=None, redoc_url=None, openapi_url=None)
     router = APIRouter(dependencies=[Depends(require_key)])
-    model = describe_model(limits)
+    models = {model["id"]: model for model in describe_models(limits)}
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
@@ -137,13 +140,13 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
 
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [*models.values()]}
 
     @router.get("/v1/models/{name}")
     async def show_model(name: str) -> dict[str, Any]:
-        if name != limits.model_name:
+        if name not in models:
             raise ApiError("there is no such model", status=404, code="model_not_found")
-        return model
+        return models[name]
 
     @router.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
@@ -170,18 +173,19 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
 
 
 async def _chat(request: Request, backend: Backend, limits: Limits, metrics: Metrics) -> Response:
+    ticket = read_ticket(request.headers.raw)
     body = await _read_body(request, limits.max_body_bytes)
     # Decoding frames takes long enough to hold up everybody else.
-    question = await asyncio.to_thread(parse_chat, body, limits)
+    question = replace(await asyncio.to_thread(parse_chat, body, limits), ticket=ticket)
     events = metrics.watch(backend.answer(question))
     try:
         first = await anext(events)
         if isinstance(first, Refusal):
-            raise ApiError(first.message, param="messages")
+            raise too_busy() if first.busy else ApiError(first.message, param="messages")
         assert isinstance(first, Opening)
-        reply = Reply(limits.model_name, first, question.num_near_duplicates)
+        reply = Reply(question, first)
         if question.stream:
-            chunks = _stream(reply, events, question.include_usage)
+            chunks = _stream(reply, events)
             return StreamingResponse(chunks, media_type="text/event-stream")
         deltas = [event async for event in events if isinstance(event, Delta)]
     except BaseException:
@@ -191,25 +195,27 @@ async def _chat(request: Request, backend: Backend, limits: Limits, metrics: Met
 
 
 async def _stream(
-    reply: Reply, events: AsyncGenerator[Event, None], include_usage: bool
+    reply: Reply, events: AsyncGenerator[Event, None]
 ) -> AsyncGenerator[bytes, None]:
+    question = reply.question
     async with aclosing(events):
-        yield _sse(reply.first_chunk())
+        if question.ticket.begun is None:
+            yield _sse(reply.first_chunk())
         try:
             async for event in events:
                 assert isinstance(event, Delta)
+                chunk = mark_tokens(event.token_ids)
                 if event.text:
-                    yield _sse(reply.chunk({"content": event.text}))
-                if event.finish_reason:
-                    yield _sse(reply.chunk({}, event.finish_reason))
-                    if include_usage:
-                        yield _sse(reply.usage_chunk(event))
+                    chunk += _sse(reply.chunk({"content": event.text}))
+                if event.finish_reason:  # in one piece, so that it is told whole or not at all
+                    chunk += _sse(reply.chunk({}, event.finish_reason))
+                    chunk += _sse(reply.usage_chunk(event)) if question.include_usage else b""
+                    chunk += END
+                yield chunk
         except Exception as error:
             # The status line is gone, so the stream itself must say that the answer is cut.
             logger.error("an answer broke off: %s", type(error).__name__)
             yield _sse(_as_api_error(error).body())
-            return
-        yield b"data: [DONE]\n\n"
 
 
 def _sse(content: dict[str, Any]) -> bytes:

@@ -9,33 +9,41 @@ through the object store and never through the ingress.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
 from ray.serve import Application
 from ray.serve.config import BackpressureConfig
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from ultra.config import Positive
 from ultra.data.schema import content_digest
-from ultra.serve.api import ApiError, Event, Limits, Opening, Question
+from ultra.serve.api import RETRY_AFTER_S, Event, Limits, Opening, Question, Refusal
 from ultra.serve.endpoint import create_app
+from ultra.serve.resume import answer_through
 from ultra.serve.security import load_keys
-from ultra.types import Turn, VisualTokens
+from ultra.types import VisualTokens
 
-RETRY_AFTER_S = 5.0
 PROBE_TIMEOUT_S = 5.0
+
+LOST = (RayActorError, ObjectLostError, WorkerCrashedError, RayServeException)
+"""What the death of a replica looks like; the last one stands for that of an encoder."""
 
 
 class ServeArgs(Limits):
-    """What serve_config.yaml says about the application; the model is the checkpoint's."""
+    """What serve_config.yaml says about the application.
 
-    checkpoint: str
-    """Local path or s3:// address, readable from every node."""
+    Checkpoints are local paths or s3:// addresses, readable from every node.
+    """
+
+    deadline_s: Positive = 120
+    """Seconds from a request's arrival to the end of its answer."""
     api_keys_file: str = ""
     """A file on the ingress's node, one key a line; empty: ULTRA_API_KEYS of its environment."""
     encoder_device: str = "cpu"
@@ -47,10 +55,10 @@ class ServeArgs(Limits):
 class EncoderReplica:
     """Looks at frame groups, several requests at a time."""
 
-    def __init__(self, args: ServeArgs) -> None:
+    def __init__(self, args: ServeArgs, checkpoint: str) -> None:
         from ultra.serve.replicas import Encoder  # here, so that the ingress needs no torch
 
-        self._encoder = Encoder(args.checkpoint, args.encoder_device)
+        self._encoder = Encoder(checkpoint, args.encoder_device)
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.01)
     async def look(self, groups: list[tuple[bytes, ...]]) -> list[tuple[VisualTokens, str]]:
@@ -73,17 +81,17 @@ class EncoderReplica:
 class LanguageReplica:
     """Answers questions about visual tokens, batched continuously."""
 
-    def __init__(self, args: ServeArgs) -> None:
+    def __init__(self, args: ServeArgs, checkpoint: str) -> None:
         from ultra.serve.replicas import Language
 
-        self._language = Language(args.checkpoint, args.max_new_tokens, args.language_device)
+        self._language = Language(checkpoint, args.max_new_tokens, args.language_device)
 
     async def answer(
-        self, seen: tuple[VisualTokens, str], exam_key: str, turns: Sequence[Turn], **options: Any
+        self, seen: tuple[VisualTokens, str], exam_key: str, question: Question
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of one answer; see Language.answer."""
         visual, encoder = seen
-        async with aclosing(self._language.answer(visual, exam_key, turns, **options)) as events:
+        async with aclosing(self._language.answer(visual, exam_key, question)) as events:
             async for event in events:
                 if isinstance(event, Opening):
                     replicas = {"encoder": encoder, "language": _own_name()}
@@ -97,6 +105,13 @@ class LanguageReplica:
     async def num_running(self) -> int:
         """Return the answers under way."""
         return self._language.num_running
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return what ScaleBySignals goes by."""
+        return {
+            "answers": self._language.num_running,
+            "prefill_tokens": self._language.num_prefill_tokens,
+        }
 
     def check_health(self) -> None:
         """Raise when the engine has died, so that Serve replaces this replica."""
@@ -115,50 +130,48 @@ class LanguageReplica:
 )
 @serve.ingress()
 class Ingress:
-    """The only part that hears HTTP; it loads no weights."""
+    """The only part that hears HTTP; it loads no weights.
+
+    Args:
+        args: what serve_config.yaml says.
+        models: name of a model -> its encoder and its language model.
+    """
 
     def __init__(
-        self, args: ServeArgs, encoder: DeploymentHandle[Any], language: DeploymentHandle[Any]
+        self, args: ServeArgs, models: Mapping[str, Sequence[DeploymentHandle[Any]]]
     ) -> None:
         self._args = args
-        self._encoder = encoder
-        self._language = language
+        self._models = models
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self, self._args, load_keys(self._args.api_keys_file))
 
-    async def answer(self, question: Question) -> AsyncGenerator[Event, None]:
+    def answer(self, question: Question) -> AsyncGenerator[Event, None]:
         """Yield the events of one answer; see endpoint.Backend."""
+        return answer_through(self._ask, question, LOST, self._args.deadline_s)
+
+    async def _ask(self, question: Question) -> AsyncGenerator[Event, None]:
+        encoder, language = self._models[question.model]
         exam_key = content_digest(question.frames)
-        seen = self._encoder.look.remote(question.frames)
-        # The session leads a question about the same exam to the replica that remembers it.
-        language = self._language.options(stream=True, session_id=exam_key)
-        events: Any = language.answer.remote(
-            seen,
-            exam_key,
-            question.turns,
-            max_new_tokens=question.max_new_tokens,
-            stop=question.stop,
-            temperature=question.temperature,
-            top_p=question.top_p,
-            seed=question.seed,
-        )
+        # The session leads a question about the same exam to the replicas that remember it.
+        seen = encoder.options(session_id=exam_key).look.remote(question.frames)
+        asked = language.options(stream=True, session_id=exam_key)
+        events: Any = asked.answer.remote(seen, exam_key, replace(question, frames=()))
         try:
             async for event in events:
                 yield event
         except BackPressureError:
-            raise ApiError(
-                "too many requests, try again soon", status=429, retry_after_s=RETRY_AFTER_S
-            ) from None
-        except (asyncio.CancelledError, GeneratorExit):  # the client has left
+            yield Refusal("full", busy=True)
+        except (asyncio.CancelledError, GeneratorExit):  # the client has left, or time is up
+            seen.cancel()
             events.cancel()
             raise
 
     async def ready(self) -> bool:
-        """Return whether both sides answer a probe in time."""
-        probes = asyncio.gather(self._encoder.ready.remote(), self._language.ready.remote())
+        """Return whether every part of every model answers a probe in time."""
+        probes = [part.ready.remote() for parts in self._models.values() for part in parts]
         try:
-            return all(await asyncio.wait_for(probes, PROBE_TIMEOUT_S))
+            return all(await asyncio.wait_for(asyncio.gather(*probes), PROBE_TIMEOUT_S))
         except Exception:  # dead, starting or too busy: each of them is not ready
             return False
 
@@ -168,10 +181,18 @@ def _own_name() -> str:
 
 
 def build_app(args: ServeArgs | dict[str, Any]) -> Application:
-    """Return the application that serve_config.yaml names."""
+    """Return the application that serve_config.yaml names.
+
+    The first model's deployments are called as their classes are; those of any other model have
+    its name behind that, and scale by themselves.
+    """
     # Ray passes a plain dict where a signature's annotation is a string, as all are here.
     args = ServeArgs.model_validate(args)
-    deployments: Any = Ingress, EncoderReplica, LanguageReplica
-    ingress, encoder, language = deployments
-    app: Application = ingress.bind(args, encoder.bind(args), language.bind(args))
+    classes: Any = EncoderReplica, LanguageReplica
+    models = {}
+    for number, (name, checkpoint) in enumerate(args.models.items()):
+        suffix = f"-{name}" if number else ""
+        models[name] = [c.options(name=c.name + suffix).bind(args, checkpoint) for c in classes]
+    ingress: Any = Ingress
+    app: Application = ingress.bind(args, models)
     return app

@@ -11,9 +11,9 @@ from contextlib import aclosing
 
 from ultra.data.prompts import Tokenizer, encode_prompt
 from ultra.model import checkpoint
-from ultra.model.generation import Generator, Request
-from ultra.serve.api import Delta, Event, Opening, Refusal
-from ultra.types import Turn, VisualTokens
+from ultra.model.generation import Busy, Generator, Request
+from ultra.serve.api import Delta, Event, Opening, Question, Refusal
+from ultra.types import VisualTokens
 
 
 class Encoder:
@@ -57,50 +57,63 @@ class Language:
         self,
         visual: VisualTokens,
         exam_key: str,
-        turns: Sequence[Turn],
-        max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
+        question: Question,
     ) -> AsyncGenerator[Event, None]:
         """Yield an Opening, then Deltas of which the last is finished; or a Refusal alone.
 
-        Closing the iterator early cancels the generation.
+        An answer that the question's ticket knows the beginning of is gone on with. Closing the
+        iterator early cancels the generation.
 
         Args:
             visual: what the encoder saw.
             exam_key: digest of the frames.
-            turns: the conversation, the last turn the user's.
-            max_new_tokens: None gives as many as are allowed and fit.
-            stop: strings that end the answer; they are no part of it.
-            temperature: 0 for the likeliest answer; this and what follows as in Request.
-            top_p: the share of the probability that tokens are drawn from.
-            seed: None for a fresh one.
+            question: its frames are not read.
         """
+        begun = question.ticket.begun or ()
         try:
-            prompt = encode_prompt(self._tokenizer, self._template, turns, len(visual.tokens_TD))
-            room = self._generator.capacity - len(prompt)
-            limit = max_new_tokens or max(1, min(self._max_new_tokens, room))
-            request = Request(prompt, visual.tokens_TD, exam_key, limit, temperature, top_p, seed)
+            request = self._request(visual, exam_key, question)
             self._generator.check(request)
         except ValueError as error:
             yield Refusal(str(error))
             return
-        yield Opening(visual.chosen, visual.scores_K, len(prompt))
-        text = TextStream(self._tokenizer, stop)
-        async with aclosing(self._generator.stream(request)) as stream:
-            async for new_ids in stream:
-                piece = text.add(new_ids)
-                if text.stopped:
-                    break
-                if piece:
-                    yield Delta(piece, len(text.ids))
-            else:
-                piece = text.finish()
+        text = TextStream(self._tokenizer, question.stop)
+        text.add(begun)
+        try:
+            async with aclosing(self._generator.stream(request)) as stream:
+                yield Opening(visual.chosen, visual.scores_K, len(request.prompt_ids))
+                num_told = len(begun)
+                async for new_ids in stream:
+                    piece = text.add(new_ids)
+                    if text.stopped:
+                        break
+                    if piece:
+                        yield Delta(piece, len(text.ids), token_ids=tuple(text.ids[num_told:]))
+                        num_told = len(text.ids)
+                else:
+                    piece = text.finish()
+        except Busy as error:
+            yield Refusal(str(error), busy=True)
+            return
         # The engine is rid of a stopped request by now, however slowly this is read.
         reason = "stop" if text.stopped else self._generator.finish_reason(text.ids)
         yield Delta(piece, len(text.ids), reason)
+
+    def _request(self, visual: VisualTokens, exam_key: str, question: Question) -> Request:
+        prompt = encode_prompt(
+            self._tokenizer, self._template, question.turns, len(visual.tokens_TD)
+        )
+        room = self._generator.capacity - len(prompt)
+        limit = question.max_new_tokens or max(1, min(self._max_new_tokens, room))
+        seed = question.ticket.seed if question.seed is None else question.seed
+        return Request(
+            prompt,
+            visual.tokens_TD,
+            exam_key,
+            limit,
+            question.temperature,
+            question.top_p,
+            seed,
+        )
 
 
 class TextStream:
