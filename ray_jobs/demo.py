@@ -190,7 +190,7 @@ def ray_head(log: Path) -> Iterator[dict[str, str]]:
     if {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"} & environment.keys() or _head_runs():
         yield environment
         return
-    dashboard, client = _free_port(), _free_port()
+    dashboard, client = free_port(), free_port()
     address = f"http://127.0.0.1:{dashboard}"
     environment |= {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]]),
@@ -198,6 +198,7 @@ def ray_head(log: Path) -> Iterator[dict[str, str]]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ultra.serve.gateway:middlewares",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # it ends when its jobs have
     }
     with tempfile.TemporaryDirectory(prefix="ultra-ray-", ignore_cleanup_errors=True) as folder:
@@ -249,7 +250,8 @@ def _wait_until_up(url: str, head: subprocess.Popen[bytes], log: Path) -> None:
     sys.exit("\n".join([*tail, f"the Ray head did not start; its whole log: {log}"]))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of the loopback address that nobody uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -94,7 +94,7 @@ def local_config(root: Path, port: int) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load((PROJECT / "serve_config.yaml").read_text())
     config["http_options"]["port"] = port
     (application,) = config["applications"]
-    application["args"]["checkpoint"] = str(root / "train" / "checkpoint")
+    application["args"]["models"] = {"ultra": str(root / "train" / "checkpoint")}
     return config
 
 

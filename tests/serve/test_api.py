@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from tests.serve.questions import FRAMES, ask_user, encode_image, encode_pixels, image_part
-from ultra.serve.api import ApiError, Delta, Limits, Opening, Reply, parse_chat
+from ultra.serve.api import ApiError, Delta, Limits, Opening, Question, Reply, Ticket, parse_chat
 from ultra.types import Turn
 
-LIMITS = Limits(model_name="m", max_frames=3, max_image_mib=1, max_image_pixels=1000)
+LIMITS = Limits(models={"m": ""}, max_frames=3, max_image_mib=1, max_image_pixels=1000)
 
 
 def parse(messages: list, **fields):
@@ -98,7 +98,7 @@ VIDEO = {"role": "user", "content": [{"type": "video_url", "video_url": {"url": 
     ("messages", "fields", "message", "param"),
     [
         ([], {}, "messages: List should have at least 1 item", "messages"),
-        ([GOOD], {"model": "x"}, "'x' does not exist, 'm' does", "model"),
+        ([GOOD], {"model": "x"}, "'x' does not exist; there is m", "model"),
         ([GOOD], {"temperature": 2.01}, "less than or equal to 2", "temperature"),
         ([GOOD], {"temperature": -0.1}, "greater than or equal to 0", "temperature"),
         ([GOOD], {"temperature": True}, "valid number", "temperature"),
@@ -169,15 +169,27 @@ def test_bodies_that_are_no_request(body) -> None:
 
 
 def test_an_answer_in_openais_form() -> None:
-    reply = Reply("m", Opening(2, (0.5, 0.25, 0.75), 11), 1, id="chatcmpl-1", created=5)
-    last = Delta("", 4, "length")
-    usage = {"prompt_tokens": 11, "completion_tokens": 4, "total_tokens": 15}
-    ultra = {"chosen_frame": 2, "scores": [0.5, 0.25, 0.75], "num_near_duplicates": 1}
+    asked = Question((), (), None, num_near_duplicates=1, model="m", ticket=Ticket("1", 5.75))
+    reply = Reply(asked, Opening(2, (0.5, 0.25, 0.75), 11, num_cached_frames=3))
+    last = Delta("", 4, "length", num_cached_tokens=8)
+    usage = {
+        "prompt_tokens": 11,
+        "completion_tokens": 4,
+        "total_tokens": 15,
+        "prompt_tokens_details": {"cached_tokens": 8},
+    }
+    ultra = {
+        "chosen_frame": 2,
+        "scores": [0.5, 0.25, 0.75],
+        "num_near_duplicates": 1,
+        "num_cached_frames": 3,
+    }
     whole = reply.completion("text", last)
     assert whole["object"] == "chat.completion"
     assert whole["choices"][0]["message"]["content"] == "text"
     assert whole["choices"][0]["finish_reason"] == "length"
     assert (whole["usage"], whole["ultra"]) == (usage, ultra)
+    assert (whole["model"], whole["created"]) == ("m", 5)
     first = reply.first_chunk()
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert first["ultra"] == ultra
@@ -187,7 +199,8 @@ def test_an_answer_in_openais_form() -> None:
 
 
 def test_an_answer_names_the_replicas_that_served_it() -> None:
-    reply = Reply("m", Opening(0, (0.5,), 11, {"encoder": "a", "language": "b"}))
+    asked = Question((), (), None)
+    reply = Reply(asked, Opening(0, (0.5,), 11, {"encoder": "a", "language": "b"}))
     assert reply.first_chunk()["ultra"]["replicas"] == {"encoder": "a", "language": "b"}
 
 

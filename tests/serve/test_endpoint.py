@@ -15,9 +15,16 @@ from ultra.serve.api import ApiError, Delta, Event, Limits, Opening, Question, R
 from ultra.serve.endpoint import create_app
 from ultra.serve.security import ApiKeys
 
-LIMITS = Limits(model_name="m", max_frames=3, max_image_mib=1)
-ANSWER = (Opening(1, (0.5, 0.75), 9), Delta("肝", 1), Delta("脏", 3), Delta("", 4, "stop"))
-ULTRA = {"chosen_frame": 1, "scores": [0.5, 0.75], "num_near_duplicates": 0}
+LIMITS = Limits(models={"m": ""}, max_frames=3, max_image_mib=1)
+ANSWER = (
+    Opening(1, (0.5, 0.75), 9, num_cached_frames=1),
+    Delta("肝", 1, token_ids=(4,)),
+    Delta("脏", 3, token_ids=(5, 6)),
+    Delta("", 4, "stop", num_cached_tokens=7),
+)
+ULTRA = {
+    "chosen_frame": 1, "scores": [0.5, 0.75], "num_near_duplicates": 0, "num_cached_frames": 1,
+}  # fmt: skip
 CHAT = "/v1/chat/completions"
 
 
@@ -58,7 +65,8 @@ def chat_scope() -> dict:
 
 
 def read_events(text: str) -> list:
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    """The events of a stream, without the comments that name tokens."""
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
@@ -70,7 +78,12 @@ def test_a_whole_answer() -> None:
         "content": "肝脏",
         "refusal": None,
     }
-    assert reply["usage"] == {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
+    assert reply["usage"] == {
+        "prompt_tokens": 9,
+        "completion_tokens": 4,
+        "total_tokens": 13,
+        "prompt_tokens_details": {"cached_tokens": 7},
+    }
     assert reply["ultra"] == ULTRA
     assert script.asked[0].frames == FRAMES
     assert script.closed == 1
@@ -98,6 +111,7 @@ def test_a_streamed_answer() -> None:
     ("event", "status", "kind"),
     [
         (Refusal("too long"), 400, "invalid_request_error"),
+        (Refusal("full", busy=True), 429, "rate_limit_error"),
         (ApiError("busy", status=429, retry_after_s=5), 429, "rate_limit_error"),
         (RuntimeError("secret"), 500, "server_error"),
     ],
@@ -223,6 +237,9 @@ def test_counters() -> None:
     assert 'ultra_requests_total",status="404"} 1.0' in values
     assert 'ultra_prompt_tokens_total"} 18.0' in values
     assert 'ultra_answer_tokens_total"} 8.0' in values
+    assert 'ultra_cached_prompt_tokens_total"} 14.0' in values
+    assert 'ultra_frames_total",source="encoder"} 2.0' in values
+    assert 'ultra_frames_total",source="cache"} 2.0' in values
     assert 'ultra_first_text_seconds_count"} 2.0' in values
 
 

@@ -38,8 +38,7 @@ def address(ray_cluster, random_checkpoint, tmp_path_factory) -> Iterator[str]:
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     args = {
-        "checkpoint": random_checkpoint,
-        "model_name": "ultra-random",
+        "models": {"ultra-random": random_checkpoint},
         "max_frames": 4,
         "max_image_mib": 1,
         "max_new_tokens": 200,
@@ -283,9 +282,17 @@ def test_serve_config() -> None:
     schema = ServeDeploySchema.model_validate(raw)
     assert schema.http_options.host == "127.0.0.1"
     (application,) = schema.applications
-    ServeArgs.model_validate(application.args)
-    names = {d.name for d in application.deployments}
-    assert names == {"Ingress", "EncoderReplica", "LanguageReplica"}
+    args = ServeArgs.model_validate(application.args)
+    assert schema.http_options.request_timeout_s > args.deadline_s
+    by_name = {d.name: d for d in application.deployments}
+    assert by_name.keys() == {"Ingress", "EncoderReplica", "LanguageReplica"}
     for deployment in application.deployments:
         assert deployment.autoscaling_config["max_replicas"] >= 1
         assert 0 < deployment.max_queued_requests < math.inf
+        assert deployment.max_surge_percent == 100
+    for name in ("Ingress", "LanguageReplica"):  # they hold an answer to its end
+        assert by_name[name].graceful_shutdown_timeout_s > args.deadline_s
+    signals = {"EncoderReplica": {"queued_frames"}, "LanguageReplica": {"answers", "prefill_tokens"}}
+    for name, expected in signals.items():
+        policy = by_name[name].autoscaling_config["policy"]
+        assert policy["policy_kwargs"]["targets"].keys() == expected

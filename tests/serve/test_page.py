@@ -122,7 +122,7 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def serving(backend: Scripted, *keys: str) -> Iterator[str]:
-    limits = Limits(model_name="m", max_frames=4, max_image_mib=1)
+    limits = Limits(models={"m": ""}, max_frames=4, max_image_mib=1)
     port = free_port()
     config = uvicorn.Config(
         create_app(backend, limits, ApiKeys(list(keys))),

@@ -68,15 +68,13 @@ class ApiError(ValueError):
 
 def too_busy() -> ApiError:
     """Return the refusal of a request that may come again soon."""
-    return ApiError(
-        "too many requests, try again soon", status=429, retry_after_s=RETRY_AFTER_S
-    )
+    return ApiError("too many requests, try again soon", status=429, retry_after_s=RETRY_AFTER_S)
 
 
 class Limits(Section):
     """What a request may ask for."""
 
-    models: Annotated[dict[str, str], Field(min_length=1)] = {"ultra": ""}
+    models: Annotated[dict[str, str], Field(min_length=1, default_factory=lambda: {"ultra": ""})]
     """Name of a model -> its checkpoint; the page asks the first."""
     max_frames: Annotated[int, Field(ge=1, le=64)] = 16
     """Frames of one request."""

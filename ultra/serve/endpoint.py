@@ -66,6 +66,10 @@ class Metrics:
         self.process = uuid.uuid4().hex[:8]
         self._requests = self._counter("requests", "Chat requests by status.", "status")
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
+        self._cached_tokens = self._counter(
+            "cached_prompt_tokens", "Tokens of prompts that the engine remembered."
+        )
+        self._frames = self._counter("frames", "Frames asked about.", "source")
         self._answer_tokens = self._counter("answer_tokens", "Tokens of answers.")
         self._first = self._histogram("first_text_seconds", "Until the first text.")
         self._total = self._histogram("request_seconds", "Until the whole answer.")
@@ -91,7 +95,7 @@ class Metrics:
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, Opening):
-                        self._prompt_tokens.labels(self.process).inc(event.num_prompt_tokens)
+                        self._opened(event)
                     elif isinstance(event, Delta):
                         if not has_text:
                             self._first.labels(self.process).observe(time.monotonic() - start)
@@ -104,7 +108,14 @@ class Metrics:
                 self.refused(500)
             raise
 
+    def _opened(self, opening: Opening) -> None:
+        self._prompt_tokens.labels(self.process).inc(opening.num_prompt_tokens)
+        num_cached = opening.num_cached_frames
+        self._frames.labels(self.process, "cache").inc(num_cached)
+        self._frames.labels(self.process, "encoder").inc(len(opening.scores_K) - num_cached)
+
     def _answered(self, last: Delta, seconds: float) -> None:
+        self._cached_tokens.labels(self.process).inc(last.num_cached_tokens)
         self._answer_tokens.labels(self.process).inc(last.num_tokens)
         self._total.labels(self.process).observe(seconds)
         self._requests.labels(self.process, "200").inc()
@@ -194,9 +205,7 @@ async def _chat(request: Request, backend: Backend, limits: Limits, metrics: Met
     return JSONResponse(reply.completion("".join(d.text for d in deltas), deltas[-1]))
 
 
-async def _stream(
-    reply: Reply, events: AsyncGenerator[Event, None]
-) -> AsyncGenerator[bytes, None]:
+async def _stream(reply: Reply, events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
     question = reply.question
     async with aclosing(events):
         if question.ticket.begun is None:

@@ -154,7 +154,7 @@ class Ingress:
         encoder, language = self._models[question.model]
         exam_key = content_digest(question.frames)
         # The session leads a question about the same exam to the replicas that remember it.
-        seen = encoder.options(session_id=exam_key).look.remote(question.frames)
+        seen: Any = encoder.options(session_id=exam_key).look.remote(question.frames)
         asked = language.options(stream=True, session_id=exam_key)
         events: Any = asked.answer.remote(seen, exam_key, replace(question, frames=()))
         try:

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
-from ultra.serve.api import ApiError, Delta, Event, Opening, Question, Refusal
+from ultra.serve.api import ApiError, Delta, Event, Opening, Question
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ async def answer_through(
                         has_opening = True
                     elif isinstance(event, Delta):
                         question = _go_on_from(question, event)
-                    elif event.busy and question.ticket.begun is not None:
+                    elif event.busy and (has_opening or question.ticket.begun is not None):
                         break  # whoever has heard half an answer is not sent away
                     yield event
                 else:
