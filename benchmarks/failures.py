@@ -42,6 +42,8 @@ from benchmarks.stand import (
 CONCURRENCY = 6
 NUM_EXAMS = 6
 MAX_TOKENS = 48
+RESUMED = "goes on with another"
+"""What the endpoint logs of a request whose replica died."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ) as stand:
             parts = asyncio.run(run(stand, args))
     headline = {
-        part["disturbance"]: {k: part[k] for k in ("requests", "kills", "lost", "changed")}
+        part["disturbance"]: {
+            k: part[k] for k in ("requests", "kills", "resumed", "lost", "changed")
+        }
         for part in parts
     }
     write_result("failures", {"parts": parts}, headline)
@@ -110,6 +114,7 @@ async def disturb(
     num_requests: int,
 ) -> dict[str, Any]:
     """Return how requests fared that were asked until the disturbance was over, and so many."""
+    resumed = stand.count_in_logs(RESUMED)
     replies: list[tuple[int, Reply]] = []
     numbers = itertools.count()
     disturbed = asyncio.create_task(disturbance())
@@ -131,6 +136,7 @@ async def disturb(
         "disturbance": title,
         "requests": len(replies),
         "kills": await disturbed,
+        "resumed": stand.count_in_logs(RESUMED) - resumed,
         "lost": len(lost),
         "changed": len(changed),
         "seconds": round(seconds, 1),
@@ -141,13 +147,16 @@ async def disturb(
 
 
 async def kill_some(stand: Stand, name: str, count: int, chance: random.Random) -> int:
-    """Kill so many replicas of a deployment, each while another one or itself answers."""
-    for _ in range(count):
+    """Kill so many replicas of a deployment at random moments, whatever they are doing."""
+    killed: set[int] = set()
+    while len(killed) < count:
         await asyncio.sleep(chance.uniform(1, 6))
-        victims: dict[str, int] = {}
-        while not victims:
-            victims = (await asyncio.to_thread(stand.replicas))[name]
-        os.kill(victims[chance.choice(sorted(victims))], signal.SIGKILL)
+        running = (await asyncio.to_thread(stand.replicas))[name]
+        # Serve still lists for a moment what has been killed.
+        if victims := sorted(set(running.values()) - killed):
+            victim = chance.choice(victims)
+            os.kill(victim, signal.SIGKILL)
+            killed.add(victim)
     return count
 
 

@@ -40,7 +40,7 @@ DEADLINE_S = 60
 NUM_EXAMS = 64
 LIMITS: dict[str, dict[str, Any]] = {
     # One replica each, and a queue that is full well before the deadline.
-    "Ingress": {"autoscaling_config": None, "num_replicas": 1, "max_ongoing_requests": 64},
+    "Ingress": {"autoscaling_config": None, "num_replicas": 1},
     "EncoderReplica": {"autoscaling_config": None, "num_replicas": 1},
     "LanguageReplica": {
         "autoscaling_config": None,
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with serving(
             folder,
             make_checkpoint(folder, width=128, layers=4),
-            args={"deadline_s": DEADLINE_S, "encoder_cache_mib": 64},
+            args={"deadline_s": DEADLINE_S, "encoder_cache_mib": 64, "max_open_questions": 40},
             deployments=LIMITS,
         ) as stand:
             result = asyncio.run(run(stand, args.seconds))

@@ -118,6 +118,11 @@ class Stand:
             for name, d in deployments.items()
         }
 
+    def count_in_logs(self, text: str) -> int:
+        """Return how often a text stands in the head's logs."""
+        files = Path(self.environment["ULTRA_RAY_LOGS"]).rglob("*")
+        return sum(file.read_text(errors="replace").count(text) for file in files if file.is_file())
+
 
 @contextmanager
 def serving(

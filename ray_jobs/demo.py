@@ -219,7 +219,8 @@ def ray_head(log: Path) -> Iterator[dict[str, str]]:
             )
         try:
             _wait_until_up(f"{address}/api/version", head, log)
-            yield environment | {"RAY_API_SERVER_ADDRESS": address}
+            logs = f"{folder}/session_latest/logs"
+            yield environment | {"RAY_API_SERVER_ADDRESS": address, "ULTRA_RAY_LOGS": logs}
         finally:
             head.terminate()  # `--block` passes it on to every process of the head
             head.wait()

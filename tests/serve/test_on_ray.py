@@ -292,7 +292,10 @@ def test_serve_config() -> None:
         assert deployment.max_surge_percent == 100
     for name in ("Ingress", "LanguageReplica"):  # they hold an answer to its end
         assert by_name[name].graceful_shutdown_timeout_s > args.deadline_s
-    signals = {"EncoderReplica": {"queued_frames"}, "LanguageReplica": {"answers", "prefill_tokens"}}
+    signals = {
+        "EncoderReplica": {"queued_frames"},
+        "LanguageReplica": {"answers", "prefill_tokens"},
+    }
     for name, expected in signals.items():
         policy = by_name[name].autoscaling_config["policy"]
         assert policy["policy_kwargs"]["targets"].keys() == expected

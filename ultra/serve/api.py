@@ -55,6 +55,13 @@ class ApiError(ValueError):
         self.code = code
         self.retry_after_s = retry_after_s
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those of the response beside the usual ones."""
+        if self.retry_after_s is None:
+            return {}
+        return {"Retry-After": f"{self.retry_after_s:.0f}"}
+
     def body(self) -> dict[str, Any]:
         """Return the response's JSON."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -76,6 +83,8 @@ class Limits(Section):
 
     models: Annotated[dict[str, str], Field(min_length=1, default_factory=lambda: {"ultra": ""})]
     """Name of a model -> its checkpoint; the page asks the first."""
+    max_open_questions: Positive = 96
+    """Questions in work in one ingress; those beyond are refused unread."""
     max_frames: Annotated[int, Field(ge=1, le=64)] = 16
     """Frames of one request."""
     max_image_mib: Positive = 8

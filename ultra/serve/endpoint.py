@@ -21,6 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client import generate_latest as render_metrics
 from starlette.exceptions import HTTPException
 
+from ultra.serve.admission import Admission
 from ultra.serve.api import (
     ApiError,
     Delta,
@@ -40,6 +41,8 @@ from ultra.serve.page import create_page
 from ultra.serve.security import ApiKeys
 
 logger = logging.getLogger(__name__)
+
+CHAT = "/v1/chat/completions"
 
 
 class Backend(Protocol):
@@ -159,7 +162,7 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
             raise ApiError("there is no such model", status=404, code="model_not_found")
         return models[name]
 
-    @router.post("/v1/chat/completions")
+    @router.post(CHAT)
     async def chat(request: Request) -> Response:
         try:
             return await _chat(request, backend, limits, metrics)
@@ -175,6 +178,9 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
         async with opening:
             return await asyncio.to_thread(open_dicom, body, limits)
 
+    app.add_middleware(
+        Admission, path=CHAT, max_open=limits.max_open_questions, refused=metrics.refused
+    )
     app.include_router(router)
     app.include_router(create_page())
     app.add_exception_handler(ApiError, _show_error)
@@ -242,10 +248,7 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
 
 async def _show_error(request: Request, error: Exception) -> Response:
     shown = _as_api_error(error)
-    headers = {}
-    if shown.retry_after_s is not None:
-        headers["Retry-After"] = f"{shown.retry_after_s:.0f}"
-    return JSONResponse(shown.body(), shown.status, headers)
+    return JSONResponse(shown.body(), shown.status, shown.headers)
 
 
 def _as_api_error(error: Exception) -> ApiError:

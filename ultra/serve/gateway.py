@@ -107,7 +107,9 @@ class _Exchange:
             await app(scope, self._repeat_request(), self._pass_on)
             if self._is_over:
                 return
-            logger.warning("request %s lost its ingress replica", ticket.id)
+            logger.warning(
+                "request %s lost its ingress replica and goes on with another", ticket.id
+            )
         await self._give_up()
 
     def _repeat_request(self) -> Receive:
