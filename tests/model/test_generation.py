@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from ultra.model import checkpoint, visual_table
-from ultra.model.generation import Generator, Request
+from ultra.model.generation import Busy, Generator, Request
 from ultra.model.splice import splice
 from ultra.model.visual_table import VisualTable
 from ultra.types import VISUAL
@@ -257,6 +257,158 @@ def test_a_stream_left_early_frees_its_slot(language) -> None:
         router = generator._manager.output_router
         assert not router.result_handlers
         assert router.output_queue.empty()
+
+
+async def read(stream) -> list[int]:
+    async with contextlib.aclosing(stream):
+        return [token async for new_ids in stream for token in new_ids]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.1, "top_p": 0.95, "seed": 9}])
+def test_an_answer_goes_on_from_every_token_of_it(generator, options) -> None:
+    request = replace(make_request(3, new=20), **options)
+    (whole,) = generator.generate([request])
+    ids = whole.token_ids
+    assert len(ids) == 20
+
+    async def go_on() -> None:
+        # Together, so that each begins at another place of the same forward passes.
+        cuts = range(len(ids) + 1)
+        streams = [generator.stream(replace(request, begun=ids[:cut])) for cut in cuts]
+        for cut, rest in zip(cuts, await asyncio.gather(*map(read, streams)), strict=True):
+            assert rest == list(ids[cut:])
+
+    asyncio.run(go_on())
+
+
+def test_nothing_follows_an_answer_that_has_ended(generator) -> None:
+    ended = replace(make_request(3, new=20), begun=(5, 2))
+    assert asyncio.run(read(generator.stream(ended))) == []
+    assert generator.num_prefill_tokens == 0
+    with pytest.raises(ValueError, match="token ids must lie between"):
+        generator.stream(replace(ended, begun=(10_000,)))
+
+
+def test_how_much_of_a_prompt_is_remembered(language) -> None:
+    first = make_request(50, words=40)
+    texts = np.random.default_rng(1).integers(3, 90, (2, 7)).tolist()
+    follow_up = replace(first, prompt_ids=[*first.prompt_ids, *texts[0]])
+    other = replace(make_request(51), prompt_ids=first.prompt_ids)  # the same text, other frames
+
+    async def ask(generator: Generator, request: Request) -> int:
+        stream = generator.stream(request)
+        await read(stream)
+        return stream.num_cached_tokens
+
+    with Generator(language, tokens_per_frame=T, page_size=4) as generator:
+        assert asyncio.run(ask(generator, first)) == 0
+        assert asyncio.run(ask(generator, follow_up)) == len(first.prompt_ids) // 4 * 4
+        assert asyncio.run(ask(generator, other)) == 4  # the page before the frame
+
+
+def test_too_much_to_read_is_refused_at_once(language) -> None:
+    requests = [make_request(i, words=100, new=4) for i in range(6)]
+    size = len(requests[0].prompt_ids)
+
+    async def crowd(generator: Generator) -> None:
+        streams = [generator.stream(request) for request in requests[:2]]
+        assert generator.num_prefill_tokens == 2 * size
+        with pytest.raises(Busy, match=f"{2 * size} tokens of prompts are waiting"):
+            generator.stream(requests[2])
+        await asyncio.gather(*map(read, streams))
+        assert generator.num_prefill_tokens == 0
+        kept = generator.stream(requests[2])
+        await kept.aclose()  # never read
+        assert (generator.num_prefill_tokens, generator.num_cancelled) == (0, 1)
+
+    with Generator(language, tokens_per_frame=T, max_prefill_tokens=2 * size + 5) as generator:
+        asyncio.run(crowd(generator))
+    with Generator(language, tokens_per_frame=T, max_prefill_tokens=5) as generator:
+        assert len(asyncio.run(read(generator.stream(requests[0])))) == 4  # one always comes in
+
+
+def test_short_prompts_are_read_before_long_ones_that_came_first(language) -> None:
+    # Read in pieces of 32, the four take some forty forward passes.
+    long = [make_request(i, words=300, new=2) for i in range(4)]
+    short = make_request(9, words=3, new=2)
+    ended: list[str] = []
+
+    async def note(name: str, stream) -> None:
+        await read(stream)
+        ended.append(name)
+
+    async def race(generator: Generator) -> None:
+        waiting = [note("long", generator.stream(request)) for request in long]
+        await asyncio.gather(*waiting, note("short", generator.stream(short)))
+        assert ended == ["short", *["long"] * 4]
+
+    with Generator(language, tokens_per_frame=T, max_batch_tokens=32) as generator:
+        asyncio.run(race(generator))
+
+
+def test_a_cancelled_request_frees_its_slot_wherever_it_is(language) -> None:
+    # One is being answered, one being read in pieces, one waits for a slot.
+    requests = [make_request(0, new=300), make_request(1, words=300), make_request(2)]
+
+    async def leave(generator: Generator) -> None:
+        streams = [generator.stream(r) for r in requests]
+        tasks = [asyncio.create_task(read(stream)) for stream in streams]
+        await asyncio.sleep(0.1)
+        assert generator.num_running == 2
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert generator.num_running == generator.num_prefill_tokens == 0
+        assert generator.num_cancelled == 3
+        again = [
+            replace(r, exam_key=f"again-{i}", max_new_tokens=5) for i, r in enumerate(requests)
+        ]
+        answers = await asyncio.wait_for(
+            asyncio.gather(*map(read, map(generator.stream, again))), 60
+        )
+        assert [len(a) for a in answers] == [5, 5, 5]
+
+    with Generator(language, tokens_per_frame=T, num_slots=2, max_batch_tokens=8) as generator:
+        asyncio.run(leave(generator))
+
+
+def test_requests_are_let_in_after_all_that_filled_the_cache_were_cancelled(language) -> None:
+    options = {"num_slots": 9, "max_requests": 3, "max_batch_tokens": 16, "page_size": 4}
+    requests = [make_request(i, new=60) for i in range(3)]
+
+    async def fill(generator: Generator) -> None:
+        tasks = [asyncio.create_task(read(generator.stream(r))) for r in requests]
+        scheduler = generator._scheduler
+        async with asyncio.timeout(60):
+            while not scheduler.block_new_requests:
+                await asyncio.sleep(0.001)
+        waiting = set(scheduler.waiting_requests)
+        for task, number in zip(tasks, range(3), strict=True):
+            if str(number) not in waiting:
+                task.cancel()
+        done = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+        assert [len(d) for d in done if isinstance(d, list)] == [60] * len(waiting)
+
+    with Generator(language, tokens_per_frame=T, num_blocks=100, **options) as generator:
+        generator._num_blocks = 24  # too few for what the check lets in, as under offloading
+        generator.stop()
+        generator.start()
+        asyncio.run(fill(generator))
+
+
+def test_an_event_loop_that_ends_is_not_the_engines_end(language) -> None:
+    async def abandon(generator: Generator) -> None:
+        stream = generator.stream(make_request(0, new=300))
+        await anext(stream)
+        streams.append(stream)
+
+    streams: list = []
+    with Generator(language, tokens_per_frame=T) as generator:
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(abandon(generator))
+        loop.close()
+        assert len(asyncio.run(read(generator.stream(make_request(1, new=5))))) == 5
+        assert generator.alive
 
 
 def test_ids_run_out_and_begin_anew(language, monkeypatch) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.serve.questions import FRAMES
 from ultra.model.encoders import VisionEncoder
 from ultra.model.language import LanguageBranch
-from ultra.serve.api import Delta, Opening, Refusal
+from ultra.serve.api import Delta, Opening, Question, Refusal, Ticket
 from ultra.serve.replicas import Encoder, Language, TextStream
 from ultra.types import Turn
 
@@ -75,9 +75,13 @@ def test_the_language_side_has_no_vision(random_checkpoint, random_backbones, tm
     assert not language.alive
 
 
+def make_question(text: str, max_new_tokens: int | None = None, **fields) -> Question:
+    return Question((Turn("user", text),), (), max_new_tokens, **fields)
+
+
 def ask(language: Language, visual, text: str) -> list:
     async def collect() -> list:
-        return [event async for event in language.answer(visual, text, [Turn("user", text)])]
+        return [event async for event in language.answer(visual, text, make_question(text))]
 
     return asyncio.run(collect())
 
@@ -95,7 +99,7 @@ def test_answers_with_and_without_stop_strings(random_checkpoint) -> None:
     language = Language(random_checkpoint, max_new_tokens=30)
 
     async def collect(*stop: str) -> list[Delta]:
-        events = language.answer(visual, "x", [Turn("user", "左叶")], None, stop)
+        events = language.answer(visual, "x", make_question("左叶", stop=stop))
         return [event async for event in events][1:]
 
     async def collect_all() -> None:
@@ -120,15 +124,45 @@ def test_answers_with_and_without_stop_strings(random_checkpoint) -> None:
         language.stop()
 
 
+@pytest.mark.parametrize("fields", [{}, {"temperature": 1.2, "seed": 5}, {"temperature": 1.2}])
+def test_an_answer_goes_on_from_wherever_it_broke_off(random_checkpoint, fields) -> None:
+    (visual,) = Encoder(random_checkpoint).look([FRAMES])
+    language = Language(random_checkpoint, max_new_tokens=20)
+    ticket = Ticket()
+
+    async def collect(begun: tuple[int, ...] | None, **more) -> list[Delta]:
+        question = make_question(
+            "左叶", ticket=Ticket(ticket.id, ticket.created, begun), **fields, **more
+        )
+        return [event async for event in language.answer(visual, "x", question)][1:]
+
+    async def collect_all() -> None:
+        whole = await collect(None)
+        stop = "".join(d.text for d in whole)[8:11]
+        for expected, more in ((whole, {}), (await collect(None, stop=(stop,)), {"stop": (stop,)})):
+            for told in range(len(expected)):
+                begun = tuple(i for delta in expected[:told] for i in delta.token_ids)
+                rest = await collect(begun, **more)
+                assert "".join(d.text for d in rest) == "".join(d.text for d in expected[told:])
+                assert rest[-1].num_tokens == expected[-1].num_tokens
+                assert rest[-1].finish_reason == expected[-1].finish_reason
+                ids = [i for delta in rest for i in delta.token_ids]
+                assert ids == [i for delta in expected[told:] for i in delta.token_ids]
+
+    try:
+        asyncio.run(collect_all())
+    finally:
+        language.stop()
+
+
 def test_a_stop_string_ends_the_request_before_it_is_told(random_checkpoint) -> None:
     (visual,) = Encoder(random_checkpoint).look([FRAMES])
     language = Language(random_checkpoint, max_new_tokens=300)
 
     async def read() -> None:
-        turns = [Turn("user", "左叶")]
-        whole = [e async for e in language.answer(visual, "x", turns, 20)][1:]
+        whole = [e async for e in language.answer(visual, "x", make_question("左叶", 20))][1:]
         stop = "".join(d.text for d in whole)[3:6]
-        answer = language.answer(visual, "x", turns, None, [stop])
+        answer = language.answer(visual, "x", make_question("左叶", stop=(stop,)))
         async with aclosing(answer):
             while getattr(event := await anext(answer), "finish_reason", None) is None:
                 pass

@@ -15,8 +15,9 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, inf
 from typing import Any, Literal, Self
 
@@ -26,10 +27,14 @@ from numpy.typing import NDArray
 
 from ultra.model.language import LanguageBranch
 from ultra.model.sampling import make_processors
+from ultra.model.scheduling import shortest_first
 from ultra.model.visual_table import VisualTable
 from ultra.types import VISUAL
 
 FinishReason = Literal["stop", "length"]
+
+_ALIVE_CHECK_S = 5.0
+"""How soon a stream notices that the engine has died without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,9 @@ class Request:
         top_p: tokens are drawn from the likeliest ones alone that have this probability together.
         seed: the same seed draws the same tokens, whatever else is being answered. None is a
             fresh one each time.
+        begun: token ids that the answer begins with, from whoever cannot go on with it. They are
+            read like the prompt, and what follows is what would have followed there; it takes a
+            seed where tokens are drawn.
     """
 
     prompt_ids: Sequence[int]
@@ -55,6 +63,11 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    begun: Sequence[int] = ()
+
+
+class Busy(Exception):
+    """Too much is waiting to be read; a request may come again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +82,7 @@ class Generator:
     """Answers many requests at a time, greedy and sampled ones; a context manager.
 
     It owns the language model between `start` and `stop`. `generate` may be called from any
-    thread; all `stream`s must run on one event loop.
+    thread, `stream` on any event loop.
 
     Args:
         language: the model, with LoRA or without.
@@ -77,7 +90,11 @@ class Generator:
         num_slots: frames whose visual tokens are held, which bounds the requests in flight.
         max_requests: requests that share a forward pass. The default is `num_slots` on a GPU and
             16 on a CPU, where more slow each other down: each also reads the others' cache.
-        max_batch_tokens: tokens of one forward pass; longer prompts are cut into such pieces.
+        max_batch_tokens: tokens of one forward pass; longer prompts are cut into such pieces, and
+            a short one waits for one of them at most. The default is 512 on a GPU and 128 on a
+            CPU, which needs as long for twice the tokens as for one alone twice.
+        max_prefill_tokens: tokens of prompts that may wait to be read; a stream that would add to
+            more is Busy. The default is as many prompts of `max_length` as share a forward pass.
         page_size: tokens of a cache page; only whole pages of a prefix are reused.
         num_blocks: pages of the cache. The default holds 16 requests of `max_length` tokens, in
             at most 1 GiB on a CPU and half of what is free on a GPU, and never less than one.
@@ -90,7 +107,8 @@ class Generator:
         tokens_per_frame: int,
         num_slots: int = 64,
         max_requests: int | None = None,
-        max_batch_tokens: int = 512,
+        max_batch_tokens: int | None = None,
+        max_prefill_tokens: int | None = None,
         page_size: int = 16,
         num_blocks: int | None = None,
     ) -> None:
@@ -101,17 +119,22 @@ class Generator:
         self._num_slots = num_slots
         on_cpu = language.base.device.type == "cpu"
         self._max_requests = max_requests or (min(16, num_slots) if on_cpu else num_slots)
-        self._max_batch_tokens = max_batch_tokens
+        self._max_batch_tokens = max_batch_tokens or (128 if on_cpu else 512)
+        longest = self._max_requests * language.config.max_length
+        self._max_prefill_tokens = max_prefill_tokens or longest
         self._page_size = page_size
         self._num_blocks = num_blocks or _default_num_blocks(language, page_size)
         own = language.base.generation_config.eos_token_id
         self._end_ids = {language.tokenizer.eos_token_id, *np.atleast_1d(own if own else [])}
-        self._vocab_size = len(language.base.get_input_embeddings().weight)
+        weight: Any = language.embedding.weight
+        self._vocab_size, self._dtype = len(weight), weight.dtype
         self._numbers = itertools.count()
-        self._lock = threading.Lock()  # of the table and the two dicts below
+        self._lock = threading.RLock()  # of the table and the dicts below
         self._one_caller = threading.Lock()  # the engine has one queue of finished answers
         self._running: dict[str, str] = {}  # request id -> exam key
         self._cancelled: dict[str, str] = {}
+        self._unread: dict[str, int] = {}  # request id -> tokens to read before its first new one
+        self._num_cancelled = 0
         self._table: VisualTable
         self._manager: Any = None
 
@@ -132,6 +155,16 @@ class Generator:
     def num_running(self) -> int:
         """Requests begun and neither finished nor cancelled."""
         return len(self._running)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of the prompts of streams that have no new token yet."""
+        return sum(list(self._unread.values()))
+
+    @property
+    def num_cancelled(self) -> int:
+        """Requests so far that were not read to their end."""
+        return self._num_cancelled
 
     def __enter__(self) -> Self:
         self.start()
@@ -157,12 +190,15 @@ class Generator:
                 num_blocks=self._num_blocks,
                 max_batch_tokens=self._max_batch_tokens,
                 max_requests_per_batch=self._max_requests,
+                scheduler_type=shortest_first(),
                 auto_switch_to_flash=False,  # it would fetch code from a hub
                 use_cuda_graph=False,  # it would replay the noise of the first tokens
             ),
         )
         # The engine's choice stays greedy: drawing is noise in what it chooses from.
         self._manager.logit_processor = make_processors()
+        router = self._manager.output_router
+        router.deliver_batch = partial(_deliver_each, router)
         self._manager.warmup()  # makes the cache here, where an error can be seen
         self._manager.start()
 
@@ -176,6 +212,7 @@ class Generator:
         self._language.base.set_input_embeddings(self._table.text)
         self._running.clear()
         self._cancelled.clear()
+        self._unread.clear()
 
     def check(self, request: Request) -> None:
         """Return if the engine can take a request.
@@ -184,20 +221,24 @@ class Generator:
             ValueError: if it cannot; some such requests would stop the engine for all.
         """
         ids, tokens_VD = np.asarray(request.prompt_ids, dtype=np.int64), request.tokens_VD
-        size, width = self._tokens_per_frame, self._language.width
+        per_frame, width = self._tokens_per_frame, self._language.width
         places = ids == VISUAL
         if not len(ids) or request.max_new_tokens < 1:
             raise ValueError("a request needs a prompt and at least one new token")
-        if tokens_VD.ndim != 2 or tokens_VD.shape[1] != width or len(tokens_VD) % size:
+        if tokens_VD.ndim != 2 or tokens_VD.shape[1] != width or len(tokens_VD) % per_frame:
             raise ValueError(
-                f"visual tokens of shape {tokens_VD.shape}, not (a multiple of {size}, {width})"
+                f"visual tokens of shape {tokens_VD.shape}, not (a multiple of {per_frame}, {width})"
             )
-        if len(tokens_VD) > self._num_slots * size:
-            raise ValueError(f"{len(tokens_VD) // size} frames, at most {self._num_slots} fit")
+        if len(tokens_VD) > self._num_slots * per_frame:
+            raise ValueError(f"{len(tokens_VD) // per_frame} frames, at most {self._num_slots} fit")
         if places.sum() != len(tokens_VD):
             raise ValueError(f"{len(tokens_VD)} visual tokens for {places.sum()} places")
+        # They would reach the answers beside this one, through the mask of the attention.
+        if not torch.tensor(tokens_VD).to(self._dtype).isfinite().all():
+            raise ValueError("visual tokens hold NaN, infinity or more than their type can")
         # Ids beyond the vocabulary would read another exam's visual tokens.
-        if not np.all(places | ((ids >= 0) & (ids < self._vocab_size))):
+        text = np.array([*ids[~places], *request.begun], dtype=np.int64)
+        if not np.all((text >= 0) & (text < self._vocab_size)):
             raise ValueError(f"token ids must lie between 0 and {self._vocab_size - 1}")
         if not (0 <= request.temperature < inf and 0 < request.top_p <= 1):
             raise ValueError(
@@ -206,9 +247,10 @@ class Generator:
             )
         if not -(2**63) <= (request.seed or 0) < 2**63:
             raise ValueError("a seed has at most 64 bits, one of them for the sign")
-        if len(ids) + request.max_new_tokens > self.capacity:
+        size = len(request.prompt_ids)
+        if size + request.max_new_tokens > self.capacity:
             raise ValueError(
-                f"a prompt of {len(ids)} tokens and {request.max_new_tokens} new ones, but at "
+                f"a prompt of {size} tokens and {request.max_new_tokens} new ones, but at "
                 f"most {self.capacity} fit together"
             )
 
@@ -228,13 +270,15 @@ class Generator:
         waiting = deque(enumerate(requests))
         running: dict[str, int] = {}
         answers: list[tuple[int, ...]] = [()] * len(requests)
+        number = next(self._numbers)
         with self._one_caller:
             try:
                 while waiting or running:
-                    while waiting and (reserved := self._reserve(waiting[0][1])):
+                    while waiting and (prompt := self._reserve(str(number), waiting[0][1])):
                         index, request = waiting.popleft()
-                        running[reserved[0]] = index
-                        self._add(*reserved, request, streaming=False)
+                        running[str(number)] = index
+                        self._add(str(number), prompt, request, streaming=False)
+                        number = next(self._numbers)
                     if not running:  # others hold all slots
                         time.sleep(0.01)
                         continue
@@ -250,33 +294,27 @@ class Generator:
                     self._let_go(request_id, finished=False)
         return [Completion(ids, self.finish_reason(ids)) for ids in answers]
 
-    async def stream(self, request: Request) -> AsyncGenerator[list[int], None]:
-        """Yield the answer's new token ids as they come; closing the iterator cancels the rest.
+    def stream(self, request: Request) -> Stream:
+        """Return the answer's new token ids, to be read as they come; close it in any case.
 
         Raises:
             ValueError: for a request the engine cannot take.
+            Busy: when too much waits before it.
             RuntimeError: when the engine has stopped.
         """
         self.check(request)
-        while (reserved := self._reserve(request)) is None:
-            await asyncio.sleep(0.01)
-        arrived: asyncio.Queue[Any] = asyncio.Queue()
-        finished, num_sent = False, 0
-        try:
-            self._manager.register_result_handler(reserved[0], arrived.put_nowait)
-            self._add(*reserved, request, streaming=True)
-            while not finished:
-                output = await arrived.get()
-                finished = output.is_finished()
-                new_ids = _tokens_of(output)[num_sent:]
-                num_sent += len(new_ids)
-                if new_ids:
-                    yield new_ids
-        finally:
-            self._let_go(reserved[0], finished)
+        size = len(request.prompt_ids) + len(request.begun)
+        with self._lock:
+            self._check_alive()
+            waiting = self.num_prefill_tokens
+            if waiting and waiting + size > self._max_prefill_tokens:
+                raise Busy(f"{waiting} tokens of prompts are waiting to be read")
+            request_id = str(next(self._numbers))
+            self._unread[request_id] = size
+        return Stream(self, request_id, request)
 
-    def _reserve(self, request: Request) -> tuple[str, list[int]] | None:
-        """Return a fresh request id and the engine's prompt, or None while the table is full."""
+    def _reserve(self, request_id: str, request: Request) -> list[int] | None:
+        """Return the engine's prompt, or None while the table is full."""
         with self._lock:
             self._check_alive()
             self._forget_cancelled()
@@ -288,10 +326,10 @@ class Generator:
                 visual_ids = self._table.acquire(request.exam_key, request.tokens_VD)
             if visual_ids is None:
                 return None
-            request_id = str(next(self._numbers))
             self._running[request_id] = request.exam_key
         rest = iter(visual_ids)
-        return request_id, [next(rest) if i == VISUAL else int(i) for i in request.prompt_ids]
+        prompt = [next(rest) if i == VISUAL else int(i) for i in request.prompt_ids]
+        return [*prompt, *map(int, request.begun)]
 
     def _add(self, request_id: str, prompt: list[int], request: Request, streaming: bool) -> None:
         options: dict[str, Any] = {}
@@ -305,33 +343,62 @@ class Generator:
         added = self._manager.add_request(
             prompt,
             request_id=request_id,
-            max_new_tokens=request.max_new_tokens,
+            max_new_tokens=request.max_new_tokens - len(request.begun),
             streaming=streaming,
             **options,
         )
         if added is None:
             raise RuntimeError("the generation engine has stopped")
+        self._check_alive()  # or nobody would ever take it out of the queue
 
     def _let_go(self, request_id: str, finished: bool) -> None:
         with self._lock:
+            self._num_cancelled += not finished
+            self._unread.pop(request_id, None)
             exam_key = self._running.pop(request_id, None)
-            if exam_key is None:  # stopped in between
+            if exam_key is None:  # not begun, or the engine was stopped in between
                 return
+            self._scheduler.num_cached.pop(request_id, None)
             if finished:
+                self._manager.output_router.result_handlers.pop(request_id, None)
                 self._table.release(exam_key)
             else:
                 self._cancelled[request_id] = exam_key
                 self._manager.cancel_request(request_id)
 
+    @property
+    def _scheduler(self) -> Any:
+        return self._manager.batch_processor.scheduler
+
     def _forget_cancelled(self) -> None:
         # The engine reports no end of a cancelled request, and reads its slots until it drops it.
-        scheduler = self._manager.batch_processor.scheduler
+        scheduler = self._scheduler
         for request_id, exam_key in list(self._cancelled.items()):
             if request_id in scheduler.active_requests or request_id in scheduler.waiting_requests:
+                self._manager.cancel_request(request_id)  # it may have come before its request
                 continue
             self._manager.output_router.result_handlers.pop(request_id, None)
             del self._cancelled[request_id]
             self._table.release(exam_key)
+
+    def _listen(self, request_id: str, hear: Callable[[Any], None]) -> None:
+        """Have the running event loop told what the engine makes of a request."""
+        loop = asyncio.get_running_loop()
+        handlers = self._manager.output_router.result_handlers
+        handlers[request_id] = (hear, _Ear(loop, self, request_id))
+
+    async def _next_of(self, arrived: asyncio.Queue[Any]) -> Any:
+        while True:
+            try:
+                async with asyncio.timeout(_ALIVE_CHECK_S):
+                    return await arrived.get()
+            except TimeoutError:
+                self._check_alive()
+
+    def _begin(self, request_id: str) -> int:
+        """Note that a prompt has been read, and return how much of it was remembered."""
+        self._unread.pop(request_id, None)
+        return int(self._scheduler.num_cached.get(request_id, 0))
 
     def _check_alive(self) -> None:
         if not self.alive:
@@ -339,6 +406,83 @@ class Generator:
             raise RuntimeError("the generation engine does not run") from (
                 status and status.fatal_error
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Ear:
+    """An event loop as the engine knows it, whose end is not the engine's."""
+
+    loop: asyncio.AbstractEventLoop
+    generator: Generator
+    request_id: str
+
+    def call_soon_threadsafe(self, callback: Callable[..., None], *args: Any) -> None:
+        try:
+            self.loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:  # it was closed, so nobody listens any more
+            self.generator._let_go(self.request_id, finished=False)
+
+
+class Stream:
+    """An answer's new token ids, in pieces as they come.
+
+    Attributes:
+        num_cached_tokens: tokens of the prompt that the engine remembered; known with the first
+            piece.
+    """
+
+    def __init__(self, generator: Generator, request_id: str, request: Request) -> None:
+        self.num_cached_tokens = 0
+        self._generator, self._id, self._request = generator, request_id, request
+        self._is_over = False
+        self._pieces = self._read()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[int]:
+        return await anext(self._pieces)
+
+    async def aclose(self) -> None:
+        """Cancel what is left; the engine drops it before its next forward pass."""
+        await self._pieces.aclose()
+        self._end(finished=False)
+
+    async def _read(self) -> AsyncGenerator[list[int], None]:
+        generator, request = self._generator, self._request
+        if len(request.begun) == request.max_new_tokens or (
+            generator.finish_reason(request.begun) == "stop"
+        ):
+            self._end(finished=True)
+            return
+        while (prompt := generator._reserve(self._id, request)) is None:
+            await asyncio.sleep(0.01)
+        arrived: asyncio.Queue[Any] = asyncio.Queue()
+        generator._listen(self._id, arrived.put_nowait)
+        generator._add(self._id, prompt, request, streaming=True)
+        finished, num_sent = False, 0
+        while not finished:
+            output = await generator._next_of(arrived)
+            finished = output.is_finished()
+            new_ids = _tokens_of(output)[num_sent:]
+            if new_ids and not num_sent:
+                self.num_cached_tokens = generator._begin(self._id)
+            num_sent += len(new_ids)
+            if finished:
+                self._end(finished=True)
+            if new_ids:
+                yield new_ids
+
+    def _end(self, finished: bool) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._generator._let_go(self._id, finished)
+
+
+def _deliver_each(router: Any, outputs: Sequence[Any]) -> None:
+    # transformers tells a whole batch to the event loop of one of its requests.
+    for output in outputs:
+        router.deliver(output)
 
 
 def _tokens_of(output: Any) -> list[int]:

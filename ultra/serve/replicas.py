@@ -49,6 +49,16 @@ class Language:
         """Answers under way."""
         return self._generator.num_running
 
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of prompts that wait to be read."""
+        return self._generator.num_prefill_tokens
+
+    @property
+    def num_cancelled(self) -> int:
+        """Answers so far that were not read to their end."""
+        return self._generator.num_cancelled
+
     def stop(self) -> None:
         """End the engine; what it still answers fails."""
         self._generator.stop()
@@ -72,31 +82,32 @@ class Language:
         begun = question.ticket.begun or ()
         try:
             request = self._request(visual, exam_key, question)
-            self._generator.check(request)
-        except ValueError as error:
-            yield Refusal(str(error))
+            stream = self._generator.stream(request)
+        except (ValueError, Busy) as error:
+            yield Refusal(str(error), busy=isinstance(error, Busy))
             return
         text = TextStream(self._tokenizer, question.stop)
         text.add(begun)
-        try:
-            async with aclosing(self._generator.stream(request)) as stream:
-                yield Opening(visual.chosen, visual.scores_K, len(request.prompt_ids))
-                num_told = len(begun)
-                async for new_ids in stream:
-                    piece = text.add(new_ids)
-                    if text.stopped:
-                        break
-                    if piece:
-                        yield Delta(piece, len(text.ids), token_ids=tuple(text.ids[num_told:]))
-                        num_told = len(text.ids)
-                else:
-                    piece = text.finish()
-        except Busy as error:
-            yield Refusal(str(error), busy=True)
-            return
+        num_told = len(begun)
+        async with aclosing(stream):
+            yield Opening(visual.chosen, visual.scores_K, len(request.prompt_ids))
+            async for new_ids in stream:
+                piece = text.add(new_ids)
+                if text.stopped:
+                    break
+                if piece:
+                    yield Delta(piece, len(text.ids), token_ids=tuple(text.ids[num_told:]))
+                    num_told = len(text.ids)
+            else:
+                piece = text.finish()
         # The engine is rid of a stopped request by now, however slowly this is read.
-        reason = "stop" if text.stopped else self._generator.finish_reason(text.ids)
-        yield Delta(piece, len(text.ids), reason)
+        yield Delta(
+            piece,
+            len(text.ids),
+            "stop" if text.stopped else self._generator.finish_reason(text.ids),
+            token_ids=tuple(text.ids[num_told:]),
+            num_cached_tokens=stream.num_cached_tokens,
+        )
 
     def _request(self, visual: VisualTokens, exam_key: str, question: Question) -> Request:
         prompt = encode_prompt(
@@ -113,6 +124,7 @@ class Language:
             question.temperature,
             question.top_p,
             seed,
+            begun=question.ticket.begun or (),
         )
 
 
