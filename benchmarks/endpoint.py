@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from ultra.serve.encoder import Encoder
 
 from benchmarks.stand import (
     QUESTIONS,
@@ -37,7 +36,8 @@ from benchmarks.stand import (
 )
 from ultra.data.schema import content_digest
 from ultra.serve.api import Delta, Question
-from ultra.serve.replicas import Language
+from ultra.serve.encoder import Encoder
+from ultra.serve.language import Language
 from ultra.types import Turn
 
 LEVELS = (1, 4, 8, 16, 32)
@@ -123,7 +123,7 @@ async def ask_bare(checkpoint_uri: str, rounds: int) -> tuple[list[float], list[
             turns = (Turn("user", QUESTIONS[0], has_frames=True),)
             question = Question(turns, (), MAX_TOKENS)
             start, text = time.perf_counter(), ""
-            visual = await encoder.look(frames)
+            visual, _ = await encoder.look(frames)
             events = language.answer(visual, content_digest(frames), question)
             async with aclosing(events):
                 async for event in events:

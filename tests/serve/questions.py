@@ -1,9 +1,12 @@
-"""What the tests of the endpoint ask."""
+"""What the tests of the endpoint ask, and of whom."""
 
 from __future__ import annotations
 
 import base64
+import gc
 import io
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,3 +35,19 @@ def ask_user(text: str, *frames: bytes) -> dict[str, Any]:
     """A user message with frames, as OpenAI's clients write it."""
     urls = [f"data:image/any;base64,{base64.b64encode(f).decode()}" for f in frames]
     return {"role": "user", "content": [*map(image_part, urls), {"type": "text", "text": text}]}
+
+
+def without(checkpoint: str, backbones: Path, names: list[str], folder: Path) -> str:
+    """A copy of a checkpoint whose base weights of these names are nowhere."""
+    shutil.copytree(checkpoint, folder)
+    config = folder / "config.yaml"
+    text = config.read_text()
+    for name in names:
+        text = text.replace(str(backbones / name), f"/missing/{name}")
+    config.write_text(text)
+    return str(folder)
+
+
+def count_modules(kind: type) -> int:
+    gc.collect()
+    return sum(isinstance(o, kind) for o in gc.get_objects())

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, free_port
-from tests.serve.questions import FRAMES, ask_user
+from tests.serve.questions import FRAMES, ask_user, encode_image
 from ultra.data.prompts import encode_prompt
 from ultra.model import checkpoint
 from ultra.model.generation import Generator, Request
@@ -109,6 +109,37 @@ def test_streamed_it_is_the_same(client, expected) -> None:
     assert chunks[0].ultra["chosen_frame"] == expected["visual"].chosen
     assert chunks[-2].choices[0].finish_reason == expected["answer"].finish_reason
     assert chunks[-1].usage.completion_tokens == len(expected["answer"].token_ids)
+
+
+def test_frames_are_batched_across_requests_and_remembered(address, client) -> None:
+    from ray import serve
+
+    encoder = serve.get_deployment_handle("EncoderReplica", "ultra")
+    groups = [[encode_image(1000 + 100 * i + k) for k in range(1 + i % 4)] for i in range(6)]
+    questions = [{"messages": [ask_user("大小？", *frames)]} for frames in groups]
+    before = encoder.batch_sizes.remote().result()
+    first = [c.ultra for c in ask_at_once(address, questions)]
+    after = encoder.batch_sizes.remote().result()
+    new = {size: count - before.get(size, 0) for size, count in after.items()}
+    assert sum(size * count for size, count in new.items()) == sum(map(len, groups))
+    assert sum(new.values()) < len(groups)
+    again = [c.ultra for c in ask_at_once(address, questions)]
+    assert encoder.batch_sizes.remote().result() == after
+    for ultra, same, frames in zip(first, again, groups, strict=True):
+        assert (ultra["num_cached_frames"], same["num_cached_frames"]) == (0, len(frames))
+        assert (ultra["chosen_frame"], ultra["scores"]) == (same["chosen_frame"], same["scores"])
+
+
+def test_a_follow_up_finds_its_prompt_in_the_cache(client) -> None:
+    message = ask_user("左叶见囊肿？请描述大小和边界。" * 4, encode_image(71), encode_image(72))
+    first = ask(client, messages=[message])
+    answer = {"role": "assistant", "content": first.choices[0].message.content}
+    messages = [message, answer, {"role": "user", "content": "大小？"}]
+    second = ask(client, messages=messages, max_tokens=8)
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert first.usage.prompt_tokens - 16 < cached < second.usage.prompt_tokens
+    assert second.ultra["replicas"] == first.ultra["replicas"]
 
 
 def ask_at_once(address: str, questions: list[dict]) -> list:

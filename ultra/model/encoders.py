@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ultra import storage
@@ -31,6 +32,9 @@ ENCODERS: dict[str, type[VisionEncoder]] = {
 }
 """`vision.encoders[].name` -> what it builds of its configuration and the grid."""
 
+Pixels = dict[str, Tensor]
+"""Encoder name -> (C, H, W) normalised pixels of one picture."""
+
 
 class FrozenEncoders:
     """All encoders of a model; they never train and stay outside the training engine.
@@ -45,7 +49,7 @@ class FrozenEncoders:
 
     def __init__(self, config: ModelConfig, device: str = "cpu") -> None:
         self.config = config.vision
-        self.pictures = find_strategy(config).pictures
+        self.strategy = find_strategy(config)
         self.device = torch.device(device)
         # A module draws weights before those of its file replace them. Training from pixels builds
         # its encoders between seeding a step and taking it, and must draw as it does from features.
@@ -65,15 +69,25 @@ class FrozenEncoders:
             chunk: pictures that go through an encoder at a time.
         """
         parts: dict[str, list[Tensor]] = {name: [] for name in self.encoders}
-        dtype = getattr(torch, self.config.dtype)
-        autocast = torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
-        pictures = chain.from_iterable(map(self.pictures, groups))
+        pictures = chain.from_iterable(map(self.strategy.pictures, groups))
         while images := list(islice(pictures, chunk)):
-            for name, encoder in self.encoders.items():
-                pixels = torch.stack([encoder.preprocess(image) for image in images])
-                with autocast:
-                    parts[name].append(encoder(pixels).to(dtype))
+            for name, tensor in self.encode_pixels(list(map(self.preprocess, images))).items():
+                parts[name].append(tensor)
         return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+    def preprocess(self, image: Image.Image) -> Pixels:
+        """Return what each encoder reads of a picture."""
+        return {name: encoder.preprocess(image) for name, encoder in self.encoders.items()}
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: Sequence[Pixels]) -> dict[str, Tensor]:
+        """Return encoder name -> (N, T, F) features of pictures, in `config.dtype`."""
+        dtype = getattr(torch, self.config.dtype)
+        features = {}
+        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
+            for name, encoder in self.encoders.items():
+                features[name] = encoder(torch.stack([p[name] for p in pixels])).to(dtype)
+        return features
 
     def __call__(self, frames: Sequence[bytes]) -> dict[str, NDArray[np.floating[Any]]]:
         """Return what `encode` does of one group, as numpy: the form the feature cache keeps."""

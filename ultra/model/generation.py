@@ -227,7 +227,8 @@ class Generator:
             raise ValueError("a request needs a prompt and at least one new token")
         if tokens_VD.ndim != 2 or tokens_VD.shape[1] != width or len(tokens_VD) % per_frame:
             raise ValueError(
-                f"visual tokens of shape {tokens_VD.shape}, not (a multiple of {per_frame}, {width})"
+                f"visual tokens of shape {tokens_VD.shape}, "
+                f"not (a multiple of {per_frame}, {width})"
             )
         if len(tokens_VD) > self._num_slots * per_frame:
             raise ValueError(f"{len(tokens_VD) // per_frame} frames, at most {self._num_slots} fit")

@@ -10,11 +10,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ultra.config import ModelConfig
-from ultra.model.encoders import FrozenEncoders
+from ultra.model.encoders import FrozenEncoders, Pixels
 from ultra.model.language import LanguageBranch, conversation_losses
 from ultra.model.selection import FrameScorer, choice_entropy, gate_frames, redundancy_loss
 from ultra.model.splice import splice
@@ -100,6 +102,19 @@ class LlavaUltra(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """All that the choice among a group's pictures, and the language model, read of one.
+
+    Attributes:
+        visual_TD: float32 H_v.
+        score: its feature score.
+    """
+
+    visual_TD: NDArray[np.float32]
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class VisualBranch:
     """The encoder side: frames in, the visual tokens of the chosen frame out.
 
@@ -134,17 +149,34 @@ class VisualBranch:
             start = end
         return results
 
-    @torch.inference_mode()
     def choose(self, features: Mapping[str, Tensor], frames: Sequence[bytes]) -> VisualTokens:
-        """Return the visual tokens of one group, given its (1, K, T, F) features.
+        """Return the visual tokens of one group, given its (1, K, T, F) features."""
+        return self.show(self._fuse(features), frames)
+
+    def encode(self, pixels: Sequence[Pixels]) -> list[Picture]:
+        """Return what the model knows of pictures, whichever groups they are of."""
+        assert self.encoders is not None, "pixels need the encoders"
+        features = self.encoders.encode_pixels(pixels)
+        return self._fuse({name: tensor[None] for name, tensor in features.items()})
+
+    @torch.inference_mode()
+    def show(self, pictures: Sequence[Picture], frames: Sequence[bytes]) -> VisualTokens:
+        """Return the visual tokens of one group, given its pictures.
 
         The frames of a composite share its score.
         """
-        visual_1KTD = self.fusion(features)
-        scores_1K = self.scorer(visual_1KTD, all_real(visual_1KTD))
+        visual_1KTD = torch.from_numpy(np.stack([p.visual_TD for p in pictures]))[None]
+        scores_1K = torch.tensor([[picture.score for picture in pictures]])
         tokens_VD, chosen = show_group(self.config, visual_1KTD, scores_1K, draw_number(frames))
         scores = scores_1K[0].expand(len(frames)).tolist()
-        return VisualTokens(tokens_VD.float().cpu().numpy(), chosen, tuple(scores))
+        return VisualTokens(tokens_VD.numpy(), chosen, tuple(scores))
+
+    @torch.inference_mode()
+    def _fuse(self, features: Mapping[str, Tensor]) -> list[Picture]:
+        visual_1KTD = self.fusion(features)
+        scores_1K = self.scorer(visual_1KTD, all_real(visual_1KTD))
+        visual_KTD = visual_1KTD[0].float().cpu().numpy()
+        return list(map(Picture, visual_KTD, scores_1K[0].tolist()))
 
 
 def show_group(

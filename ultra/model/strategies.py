@@ -71,12 +71,17 @@ class Strategy:
         """Return how many pictures the encoders see of a group of so many frames."""
         return 1 if self.compose else num_frames
 
+    def parts(self, frames: Sequence[bytes]) -> list[tuple[bytes, ...]]:
+        """Return the encoded frames that each picture of a group is made of."""
+        return [tuple(frames)] if self.compose else [(frame,) for frame in frames]
+
+    def picture(self, part: Sequence[bytes]) -> Image.Image:
+        """Return the picture that the encoders see of one of `parts`."""
+        return self.compose(part) if self.compose else decode(part[0])
+
     def pictures(self, frames: Sequence[bytes]) -> Iterator[Image.Image]:
         """Yield the pictures that the encoders see of a group's encoded frames."""
-        if self.compose is None:
-            yield from map(decode, frames)
-        else:
-            yield self.compose(frames)
+        return map(self.picture, self.parts(frames))
 
 
 def find_strategy(config: ModelConfig) -> Strategy:

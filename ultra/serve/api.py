@@ -21,7 +21,7 @@ from ultra.config import DataConfig, Positive, Section
 from ultra.data.frames import decode_frame, drop_duplicates, thumbnail
 from ultra.data.prompts import encode_prompt
 from ultra.serve.security import decode_data_url
-from ultra.types import Role, Turn
+from ultra.types import Role, Turn, VisualTokens
 
 MAX_TEXT = 65_536
 """Characters of a conversation; far more than any context holds."""
@@ -228,6 +228,20 @@ class Question:
     include_usage: bool = False
     model: str = ""
     ticket: Ticket = field(default_factory=Ticket)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What an encoder hands to the language model.
+
+    Attributes:
+        num_cached: frames that it remembered.
+        replica: its name.
+    """
+
+    visual: VisualTokens
+    num_cached: int
+    replica: str
 
 
 @dataclass(frozen=True, slots=True)

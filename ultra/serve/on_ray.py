@@ -12,9 +12,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI
+from pydantic import Field
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
 from ray.serve import Application
@@ -24,16 +25,21 @@ from ray.serve.handle import DeploymentHandle
 
 from ultra.config import Positive
 from ultra.data.schema import content_digest
-from ultra.serve.api import RETRY_AFTER_S, Event, Limits, Opening, Question, Refusal
+from ultra.serve.api import RETRY_AFTER_S, Event, Limits, Opening, Question, Refusal, Seen
 from ultra.serve.endpoint import create_app
 from ultra.serve.resume import answer_through
 from ultra.serve.security import load_keys
-from ultra.types import VisualTokens
 
 PROBE_TIMEOUT_S = 5.0
 
 LOST = (RayActorError, ObjectLostError, WorkerCrashedError, RayServeException)
 """What the death of a replica looks like; the last one stands for that of an encoder."""
+
+
+BY_SESSION = {
+    "request_router_class": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+}
+"""Leads what is asked about an exam to the replicas that remember it."""
 
 
 class ServeArgs(Limits):
@@ -46,56 +52,67 @@ class ServeArgs(Limits):
     """Seconds from a request's arrival to the end of its answer."""
     api_keys_file: str = ""
     """A file on the ingress's node, one key a line; empty: ULTRA_API_KEYS of its environment."""
+    encoder_cache_mib: Annotated[int, Field(ge=0)] = 1024
+    """What one encoder replica remembers of frames."""
+    max_prefill_tokens: Positive | None = None
+    """Tokens of prompts that may wait in one language replica; None: 16 or more longest ones."""
     encoder_device: str = "cpu"
     """`cuda` where the deployment's ray_actor_options give it a GPU."""
     language_device: str = "cpu"
 
 
-@serve.deployment(max_ongoing_requests=16, max_queued_requests=64)
+@serve.deployment(max_ongoing_requests=64, max_queued_requests=64, request_router_config=BY_SESSION)
 class EncoderReplica:
-    """Looks at frame groups, several requests at a time."""
+    """Looks at frame groups, the frames of several requests at a time."""
 
     def __init__(self, args: ServeArgs, checkpoint: str) -> None:
-        from ultra.serve.replicas import Encoder  # here, so that the ingress needs no torch
+        from ultra.serve.encoder import Encoder  # here, so that the ingress needs no torch
 
-        self._encoder = Encoder(checkpoint, args.encoder_device)
+        self._encoder = Encoder(checkpoint, args.encoder_device, args.encoder_cache_mib)
 
-    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.01)
-    async def look(self, groups: list[tuple[bytes, ...]]) -> list[tuple[VisualTokens, str]]:
-        """Return the visual tokens of each group, and who looked."""
-        visuals = await asyncio.to_thread(self._encoder.look, groups)
-        return [(visual, _own_name()) for visual in visuals]
+    async def look(self, frames: Sequence[bytes]) -> Seen:
+        """Return the visual tokens of a group, and who looked."""
+        visual, num_cached = await self._encoder.look(frames, self._encode)
+        return Seen(visual, num_cached, _own_name())
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
+    async def _encode(self, pixels: list[Any]) -> list[Any]:
+        return await self._encoder.encode(pixels)
 
     async def ready(self) -> bool:
-        """Return True once the weights are loaded."""
+        """Return True once the encoders have encoded something."""
+        await self._encoder.probe()
         return True
 
+    async def batch_sizes(self) -> dict[int, int]:
+        """Return number of frames -> how many forward passes had so many."""
+        return self._encoder.batch_sizes
 
-@serve.deployment(
-    max_ongoing_requests=32,
-    max_queued_requests=64,
-    request_router_config={
-        "request_router_class": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-    },
-)
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return what ScaleBySignals goes by."""
+        return {"queued_frames": self._encoder.num_queued}
+
+
+@serve.deployment(max_ongoing_requests=32, max_queued_requests=64, request_router_config=BY_SESSION)
 class LanguageReplica:
     """Answers questions about visual tokens, batched continuously."""
 
     def __init__(self, args: ServeArgs, checkpoint: str) -> None:
-        from ultra.serve.replicas import Language
+        from ultra.serve.language import Language
 
-        self._language = Language(checkpoint, args.max_new_tokens, args.language_device)
+        self._language = Language(
+            checkpoint, args.max_new_tokens, args.language_device, args.max_prefill_tokens
+        )
 
     async def answer(
-        self, seen: tuple[VisualTokens, str], exam_key: str, question: Question
+        self, seen: Seen, exam_key: str, question: Question
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of one answer; see Language.answer."""
-        visual, encoder = seen
-        async with aclosing(self._language.answer(visual, exam_key, question)) as events:
+        async with aclosing(self._language.answer(seen.visual, exam_key, question)) as events:
             async for event in events:
                 if isinstance(event, Opening):
-                    replicas = {"encoder": encoder, "language": _own_name()}
-                    event = replace(event, replicas=replicas)
+                    replicas = {"encoder": seen.replica, "language": _own_name()}
+                    event = replace(event, replicas=replicas, num_cached_frames=seen.num_cached)
                 yield event
 
     async def ready(self) -> bool:

@@ -1,7 +1,6 @@
-"""The two halves of the model behind the endpoint, without Ray.
+"""The language side of the model behind the endpoint, without Ray: visual tokens in, text out.
 
-`Encoder` loads no weight of the language model, `Language` none of the vision side; what passes
-from one to the other is `VisualTokens`.
+It loads no weight of the vision side.
 """
 
 from __future__ import annotations
@@ -16,27 +15,26 @@ from ultra.serve.api import Delta, Event, Opening, Question, Refusal
 from ultra.types import VisualTokens
 
 
-class Encoder:
-    """Looks at frame groups and hands on the visual tokens of the chosen frame."""
-
-    def __init__(self, checkpoint_uri: str, device: str = "cpu") -> None:
-        self._branch = checkpoint.load_visual(checkpoint_uri, device)
-
-    def look(self, groups: Sequence[Sequence[bytes]]) -> list[VisualTokens]:
-        """Return the visual tokens of each group of encoded frames."""
-        return self._branch.look(groups)
-
-
 class Language:
     """Answers questions about visual tokens, many at a time."""
 
-    def __init__(self, checkpoint_uri: str, max_new_tokens: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        checkpoint_uri: str,
+        max_new_tokens: int,
+        device: str = "cpu",
+        max_prefill_tokens: int | None = None,
+    ) -> None:
         config = checkpoint.read(checkpoint_uri).config.model
         branch = checkpoint.load_language(checkpoint_uri, device)
         self._template = config.language.template
         self._tokenizer: Tokenizer = branch.tokenizer
         self._max_new_tokens = max_new_tokens
-        self._generator = Generator(branch, tokens_per_frame=config.tokens_per_frame)
+        self._generator = Generator(
+            branch,
+            tokens_per_frame=config.tokens_per_frame,
+            max_prefill_tokens=max_prefill_tokens,
+        )
         self._generator.start()
 
     @property

@@ -1,12 +1,10 @@
-"""The two halves without Ray: each loads its own weights only, and text comes out whole."""
+"""The language side without Ray: it loads its own weights only, and text comes out whole."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import random
-import shutil
 from contextlib import aclosing
 from pathlib import Path
 
@@ -14,44 +12,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.serve.questions import FRAMES
+from tests.serve.questions import FRAMES, count_modules, without
+from ultra.model import checkpoint
 from ultra.model.encoders import VisionEncoder
-from ultra.model.language import LanguageBranch
 from ultra.serve.api import Delta, Opening, Question, Refusal, Ticket
-from ultra.serve.replicas import Encoder, Language, TextStream
+from ultra.serve.language import Language, TextStream
 from ultra.types import Turn
 
 
-def without(checkpoint: str, backbones: Path, names: list[str], folder: Path) -> str:
-    """A copy of a checkpoint whose base weights of these names are nowhere."""
-    shutil.copytree(checkpoint, folder)
-    config = folder / "config.yaml"
-    text = config.read_text()
-    for name in names:
-        text = text.replace(str(backbones / name), f"/missing/{name}")
-    config.write_text(text)
-    return str(folder)
-
-
-def count_modules(kind: type) -> int:
-    gc.collect()
-    return sum(isinstance(o, kind) for o in gc.get_objects())
-
-
-def test_the_encoder_side_has_no_language_model(
-    random_checkpoint, random_backbones, tmp_path
-) -> None:
-    uri = without(random_checkpoint, random_backbones, ["language"], tmp_path / "copy")
-    before = count_modules(LanguageBranch)
-    encoder = Encoder(uri)
-    (visual,) = encoder.look([FRAMES])
-    assert visual.tokens_TD.shape == (4, 24)
-    assert len(visual.scores_K) == 3
-    assert count_modules(LanguageBranch) == before
-
-
 def test_the_language_side_has_no_vision(random_checkpoint, random_backbones, tmp_path) -> None:
-    (visual,) = Encoder(random_checkpoint).look([FRAMES])
+    (visual,) = checkpoint.load_visual(random_checkpoint).look([FRAMES])
     names = ["clip", "sam.pth"]
     uri = without(random_checkpoint, random_backbones, names, tmp_path / "copy")
     (Path(uri) / "connector.safetensors").unlink()
@@ -95,7 +65,7 @@ async def until_idle(language: Language) -> None:
 
 
 def test_answers_with_and_without_stop_strings(random_checkpoint) -> None:
-    (visual,) = Encoder(random_checkpoint).look([FRAMES])
+    (visual,) = checkpoint.load_visual(random_checkpoint).look([FRAMES])
     language = Language(random_checkpoint, max_new_tokens=30)
 
     async def collect(*stop: str) -> list[Delta]:
@@ -126,7 +96,7 @@ def test_answers_with_and_without_stop_strings(random_checkpoint) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"temperature": 1.2, "seed": 5}, {"temperature": 1.2}])
 def test_an_answer_goes_on_from_wherever_it_broke_off(random_checkpoint, fields) -> None:
-    (visual,) = Encoder(random_checkpoint).look([FRAMES])
+    (visual,) = checkpoint.load_visual(random_checkpoint).look([FRAMES])
     language = Language(random_checkpoint, max_new_tokens=20)
     ticket = Ticket()
 
@@ -156,7 +126,7 @@ def test_an_answer_goes_on_from_wherever_it_broke_off(random_checkpoint, fields)
 
 
 def test_a_stop_string_ends_the_request_before_it_is_told(random_checkpoint) -> None:
-    (visual,) = Encoder(random_checkpoint).look([FRAMES])
+    (visual,) = checkpoint.load_visual(random_checkpoint).look([FRAMES])
     language = Language(random_checkpoint, max_new_tokens=300)
 
     async def read() -> None:
