@@ -118,7 +118,7 @@ def test_half_a_report_is_enough() -> None:
     [
         (None, "missing file: a.jpg"),
         (picture(1)[:-40], "unreadable image: a.jpg: damaged or cut short"),
-        (b"text", "unreadable image: a.jpg: neither a JPEG nor a PNG"),
+        (b"text", "unreadable image: a.jpg: no JPEG or PNG"),
         (picture(1, size=(640, 480)), "unreadable image: a.jpg: 640 x 480 pixels"),
         (bytes(40_001), "over the caps: a.jpg: more than the 40000 bytes"),
         (real("examples_ybr_color.dcm"), "unsafe or unreadable DICOM: a.jpg: region"),

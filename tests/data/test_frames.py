@@ -66,10 +66,10 @@ def test_a_whole_image_gives_its_size(kind: str) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "neither a JPEG nor a PNG"),
-        (b"\xff\xd8\xff but no JPEG", "neither a JPEG nor a PNG"),
-        (encoded(gradient(), "GIF"), "neither a JPEG nor a PNG"),
-        (encoded(gradient(), "BMP"), "neither a JPEG nor a PNG"),
+        (b"", "no JPEG or PNG"),
+        (b"\xff\xd8\xff but no JPEG", "no JPEG or PNG"),
+        (encoded(gradient(), "GIF"), "no JPEG or PNG"),
+        (encoded(gradient(), "BMP"), "no JPEG or PNG"),
         (encoded(gradient(), "JPEG")[:-60], "damaged or cut short"),
         (encoded(gradient(), "PNG")[:-30], "damaged or cut short"),
         (encoded(gradient(500, 300), "PNG"), "500 x 300 pixels, at most 100000 are let in"),

@@ -10,13 +10,16 @@ from PIL import Image
 
 from tests.serve.questions import FRAMES, ask_user, encode_image, encode_pixels, image_part
 from ultra.serve.api import ApiError, Delta, Limits, Opening, Question, Reply, Ticket, parse_chat
+from ultra.serve.images import open_images
 from ultra.types import Turn
 
 LIMITS = Limits(models={"m": ""}, max_frames=3, max_image_mib=1, max_image_pixels=1000)
 
 
 def parse(messages: list, **fields):
-    return parse_chat(json.dumps({"model": "m", "messages": messages, **fields}).encode(), LIMITS)
+    return parse_chat(
+        json.dumps({"model": "m", "messages": messages, **fields}).encode(), LIMITS, open_images
+    )
 
 
 ANSWERED = {"role": "assistant", "content": [{"type": "text", "text": "b"}]}
@@ -78,7 +81,7 @@ def test_near_duplicates_are_counted_as_prepare_counts_them() -> None:
 
     def count(*messages) -> int:
         body = json.dumps({"model": "m", "messages": messages}).encode()
-        return parse_chat(body, limits).num_near_duplicates
+        return parse_chat(body, limits, open_images).num_near_duplicates
 
     assert count(ask_user("a", *frames)) == 2
     assert count(ask_user("a", frames[0])) == 0
@@ -143,7 +146,7 @@ VIDEO = {"role": "user", "content": [{"type": "video_url", "video_url": {"url": 
         ([{**GOOD, "role": "system"}, GOOD], {}, "only user messages have images", "messages"),
         ([ask_user("a")], {}, "0 images; a question is about 1 to 3 frames", "messages"),
         ([ask_user("a", *[IMAGE] * 4)], {}, "4 images", "messages"),
-        ([ask_user("a", IMAGE, b"GIF89a")], {}, "image 2: neither a JPEG nor a PNG", "messages"),
+        ([ask_user("a", IMAGE, b"GIF89a")], {}, "image 2: no JPEG or PNG or WEBP", "messages"),
         ([ask_user("a", IMAGE[:-30])], {}, "image 1: damaged or cut short", "messages"),
         ([ask_user("a", encode_image(0, (50, 21)))], {}, "50 x 21 pixels, at most", "messages"),
         ([ask_user("a", bytes(2**20 + 9))], {}, "more than the 1048576 bytes", "messages"),
@@ -164,7 +167,7 @@ def test_refused_requests(messages, fields, message, param) -> None:
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"model": "m"}', b"[" * 10_000])
 def test_bodies_that_are_no_request(body) -> None:
     with pytest.raises(ApiError) as raised:
-        parse_chat(body, LIMITS)
+        parse_chat(body, LIMITS, open_images)
     assert raised.value.status == 400
 
 

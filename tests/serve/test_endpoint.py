@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from tests.serve.questions import FRAMES, ask_user
 from ultra.serve.api import ApiError, Delta, Event, Limits, Opening, Question, Refusal
 from ultra.serve.endpoint import create_app
-from ultra.serve.security import ApiKeys
+from ultra.serve.security import ApiKeys, digest_key
 
 LIMITS = Limits(models={"m": ""}, max_frames=3, max_image_mib=1)
 ANSWER = (
@@ -52,7 +52,7 @@ class Script:
 
 
 def connect(script: Script, *keys: str) -> TestClient:
-    app = create_app(script, LIMITS, ApiKeys(list(keys)))
+    app = create_app(script, LIMITS, ApiKeys(list(map(digest_key, keys))))
     return TestClient(app, raise_server_exceptions=False)
 
 

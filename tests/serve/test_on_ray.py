@@ -20,6 +20,7 @@ from tests.serve.questions import FRAMES, ask_user, encode_image
 from ultra.data.prompts import encode_prompt
 from ultra.model import checkpoint
 from ultra.model.generation import Generator, Request
+from ultra.serve.security import digest_key
 from ultra.types import Turn
 
 KEY = "a-key-of-the-test"
@@ -34,7 +35,7 @@ def address(ray_cluster, random_checkpoint, tmp_path_factory) -> Iterator[str]:
     from ultra.serve import on_ray
 
     keys = tmp_path_factory.mktemp("keys") / "keys"
-    keys.write_text(f"# two keys\nanother\n{KEY}\n")
+    keys.write_text(f"# two keys\n{digest_key('another')}\n{digest_key(KEY)} of the test\n")
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     args = {
@@ -251,7 +252,7 @@ def test_a_stop_string_ends_the_answer(client, expected) -> None:
         (
             {"messages": [ask_user("hi", b"GIF89a")]},
             openai.BadRequestError,
-            "image 1: neither a JPEG",
+            "image 1: no JPEG",
         ),
     ],
 )

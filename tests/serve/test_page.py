@@ -26,7 +26,7 @@ from tests.serve.questions import FRAMES, encode_image
 from ultra.serve.api import Delta, Event, Limits, Opening, Question
 from ultra.serve.endpoint import create_app
 from ultra.serve.page import FILES
-from ultra.serve.security import ApiKeys
+from ultra.serve.security import ApiKeys, digest_key
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 TIMEOUT_MS = 120_000
@@ -125,7 +125,7 @@ def serving(backend: Scripted, *keys: str) -> Iterator[str]:
     limits = Limits(models={"m": ""}, max_frames=4, max_image_mib=1)
     port = free_port()
     config = uvicorn.Config(
-        create_app(backend, limits, ApiKeys(list(keys))),
+        create_app(backend, limits, ApiKeys(list(map(digest_key, keys)))),
         port=port,
         log_level="error",
         timeout_graceful_shutdown=1,
@@ -176,7 +176,7 @@ def wait_until(condition) -> None:
 
 
 def test_its_files_are_open_and_strict_and_nothing_else_is() -> None:
-    app = create_app(Scripted(), Limits(), ApiKeys(["key"]))
+    app = create_app(Scripted(), Limits(), ApiKeys([digest_key("key")]))
     client = TestClient(app)
     for path, (_, media_type) in FILES.items():
         response = client.get(path)

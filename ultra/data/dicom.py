@@ -102,8 +102,11 @@ def read_dicom(
             message says why.
     """
     dataset = _parse(data)
-    _check_size(dataset, max_pixels, max_total_pixels)
-    panes = [_Pane(region) for region in find_regions(dataset)]
+    try:
+        _check_size(dataset, max_pixels, max_total_pixels)
+        panes = [_Pane(region) for region in find_regions(dataset)]
+    except (TypeError, AttributeError, OverflowError):  # two values where one belongs, and such
+        raise ValueError("a header that makes no sense") from None
     panes = _survey(dataset, panes, max_frames, duplicate_threshold)
     return _extract(dataset, panes, source)
 

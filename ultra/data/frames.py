@@ -13,6 +13,9 @@ from scipy import ndimage
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom lie just outside."""
 
+FORMATS = ("JPEG", "PNG")
+"""What frames are stored as."""
+
 JPEG_QUALITY = 95
 _ONE_LINE = 32
 """Pixels; what is higher may be lines of text run together, and need not be wider than high."""
@@ -32,15 +35,23 @@ def check_image(data: bytes, *, max_bytes: int, max_pixels: int) -> tuple[int, i
     return width, height
 
 
-def decode_frame(data: bytes, *, max_bytes: int, max_pixels: int) -> NDArray[np.uint8]:
-    """Return the pixels of a JPEG or PNG, upright, as (H, W) grey or (H, W, 3) RGB.
+def decode_frame(
+    data: bytes, *, max_bytes: int, max_pixels: int, formats: tuple[str, ...] = FORMATS
+) -> NDArray[np.uint8]:
+    """Return the pixels of an image, upright, as (H, W) grey or (H, W, 3) RGB.
 
     Where it cannot be read which way is up, they are as they are stored.
+
+    Args:
+        data: the image.
+        max_bytes: cap on its size.
+        max_pixels: cap on its pixels.
+        formats: what it may be, as Pillow calls it.
 
     Raises:
         ValueError: as `check_image`.
     """
-    image = _turn_upright(_load(data, max_bytes, max_pixels))
+    image = _turn_upright(_load(data, max_bytes, max_pixels, formats))
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip, not scale
         return (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
     grey = image.mode in ("1", "L", "LA")
@@ -149,15 +160,19 @@ def _num_runs(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.asarray(np.count_nonzero(starts, axis=1))
 
 
-def _load(data: bytes, max_bytes: int, max_pixels: int) -> Image.Image:
+def _load(
+    data: bytes, max_bytes: int, max_pixels: int, formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
     if len(data) > max_bytes:
         raise ValueError(f"{len(data)} bytes, at most {max_bytes} are let in")
     try:
-        image = Image.open(io.BytesIO(data), formats=["JPEG", "PNG"])
+        image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError:
         raise ValueError(f"more than the {max_pixels} pixels that are let in") from None
     except Exception:  # Pillow raises many kinds for hostile headers; none may reach the caller
-        raise ValueError("neither a JPEG nor a PNG that can be read") from None
+        raise ValueError(f"no {' or '.join(formats)} that can be read") from None
+    if getattr(image, "is_animated", False) and image.format in ("PNG", "WEBP"):
+        raise ValueError("several pictures in one file; an animation is no frame")
     width, height = image.size
     if width * height > max_pixels:
         raise ValueError(f"{width} x {height} pixels, at most {max_pixels} are let in")

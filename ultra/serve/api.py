@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ultra.config import DataConfig, Positive, Section
-from ultra.data.frames import decode_frame, drop_duplicates, thumbnail
+from ultra.config import Positive, Section
 from ultra.data.prompts import encode_prompt
-from ultra.serve.security import decode_data_url
 from ultra.types import Role, Turn, VisualTokens
 
 MAX_TEXT = 65_536
@@ -93,6 +91,12 @@ class Limits(Section):
     """Pixels of one frame, checked before it is decoded."""
     max_dicom_mib: Positive = 128
     """Size of a DICOM file that frames are taken from."""
+    body_timeout_s: Positive = 30
+    """Seconds in which a request must have come whole."""
+    allowed_image_hosts: tuple[str, ...] = ()
+    """Hosts that images are fetched from; see fetch.Fetcher. None: data URLs only."""
+    allowed_image_networks: tuple[str, ...] = ()
+    """Networks of them that are not public."""
     max_new_tokens: Positive = 256
     """Longest answer, and the one a request gets that does not say."""
 
@@ -292,10 +296,16 @@ class Refusal:
 
 
 Event = Opening | Delta | Refusal
+OpenImages = Callable[[Sequence[str], Limits], tuple[tuple[bytes, ...], int]]
 
 
-def parse_chat(body: bytes, limits: Limits) -> Question:
+def parse_chat(body: bytes, limits: Limits, open_images: OpenImages) -> Question:
     """Return the question a request's body asks.
+
+    Args:
+        body: JSON.
+        limits: what it may ask for.
+        open_images: see images.open_images.
 
     Raises:
         ApiError: for anything that is not understood or over the limits.
@@ -307,7 +317,7 @@ def parse_chat(body: bytes, limits: Limits) -> Question:
     _check_options(request, limits)
     turns, urls = _split_messages(request.messages)
     wanted = request.max_completion_tokens or request.max_tokens
-    frames, num_near_duplicates = _read_frames(urls, limits)
+    frames, num_near_duplicates = open_images(urls, limits)
     return Question(
         turns=turns,
         frames=frames,
@@ -327,9 +337,20 @@ def _explain(error: ValidationError) -> ApiError:
     # Of the kinds a value may be, the one that fits furthest is the one that was meant.
     errors = error.errors(include_input=False, include_url=False)
     meant = max(reversed(errors), key=lambda item: len(item["loc"]))
-    path = [str(p) for p in meant["loc"] if isinstance(p, int) or p.isidentifier()]
-    param = ".".join(path) or None
+    param = ".".join(_field_path(meant["loc"])) or None
     return ApiError(f"{param or 'body'}: {meant['msg']}", param=param)
+
+
+def _field_path(location: Sequence[int | str]) -> Iterator[str]:
+    """Yield the parts of a field's path as the client wrote it.
+
+    pydantic names the kinds of a union as well: a type in words, or the tag of a message's part,
+    which stands right behind the part's number.
+    """
+    for before, part in zip((None, *location), location, strict=False):
+        is_tag = isinstance(before, int) and part in ("text", "image_url")
+        if isinstance(part, int) or (part.isidentifier() and part not in ("str",) and not is_tag):
+            yield str(part)
 
 
 def _check_options(request: ChatRequest, limits: Limits) -> None:
@@ -379,27 +400,6 @@ def _split_messages(messages: list[Message]) -> tuple[tuple[Turn, ...], list[str
 
 
 _NO_TOKENS: Any = SimpleNamespace(bos_token_id=None, eos_token_id=0, encode=lambda *_, **__: [])
-
-
-def _read_frames(urls: list[str], limits: Limits) -> tuple[tuple[bytes, ...], int]:
-    """Return the frames of a group, and how many of them nearly repeat the one kept before."""
-    if not 1 <= len(urls) <= limits.max_frames:
-        raise ApiError(
-            f"{len(urls)} images; a question is about 1 to {limits.max_frames} frames of one exam",
-            param="messages",
-        )
-    max_bytes = limits.max_image_mib * 2**20
-    frames, thumbnails = [], []
-    for number, url in enumerate(urls, 1):
-        try:
-            frame = decode_data_url(url, max_bytes)
-            pixels = decode_frame(frame, max_bytes=max_bytes, max_pixels=limits.max_image_pixels)
-        except ValueError as error:
-            raise ApiError(f"image {number}: {error}", param="messages") from None
-        frames.append(frame)
-        thumbnails.append(thumbnail(pixels))
-    distinct = drop_duplicates(thumbnails, DataConfig().duplicate_threshold)
-    return tuple(frames), len(frames) - len(distinct)
 
 
 @dataclass(frozen=True, slots=True)

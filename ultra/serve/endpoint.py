@@ -37,6 +37,7 @@ from ultra.serve.api import (
 )
 from ultra.serve.dicom import open_dicom
 from ultra.serve.gateway import END, mark_tokens, read_ticket
+from ultra.serve.images import open_images
 from ultra.serve.page import create_page
 from ultra.serve.security import ApiKeys
 
@@ -174,7 +175,7 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
 
     @router.post("/v1/frames")
     async def show_frames(request: Request) -> dict[str, Any]:
-        body = await _read_body(request, limits.max_dicom_mib * 2**20)
+        body = await _read_body(request, limits.max_dicom_mib * 2**20, limits.body_timeout_s)
         async with opening:
             return await asyncio.to_thread(open_dicom, body, limits)
 
@@ -191,9 +192,11 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
 
 async def _chat(request: Request, backend: Backend, limits: Limits, metrics: Metrics) -> Response:
     ticket = read_ticket(request.headers.raw)
-    body = await _read_body(request, limits.max_body_bytes)
+    body = await _read_body(request, limits.max_body_bytes, limits.body_timeout_s)
     # Decoding frames takes long enough to hold up everybody else.
-    question = replace(await asyncio.to_thread(parse_chat, body, limits), ticket=ticket)
+    question = replace(
+        await asyncio.to_thread(parse_chat, body, limits, open_images), ticket=ticket
+    )
     events = metrics.watch(backend.answer(question))
     try:
         first = await anext(events)
@@ -237,12 +240,16 @@ def _sse(content: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+async def _read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise ApiError(f"a request of more than {max_bytes} bytes", status=413)
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for part in request.stream():
+                body += part
+                if len(body) > max_bytes:
+                    raise ApiError(f"a request of more than {max_bytes} bytes", status=413)
+    except TimeoutError:
+        raise ApiError(f"no whole request within {timeout_s} s", status=408) from None
     return bytes(body)
 
 

@@ -29,6 +29,7 @@ class Language:
         branch = checkpoint.load_language(checkpoint_uri, device)
         self._template = config.language.template
         self._tokenizer: Tokenizer = branch.tokenizer
+        self._control_tokens: list[str] = branch.tokenizer.all_special_tokens
         self._max_new_tokens = max_new_tokens
         self._generator = Generator(
             branch,
@@ -79,6 +80,7 @@ class Language:
         """
         begun = question.ticket.begun or ()
         try:
+            self._check_text(question)
             request = self._request(visual, exam_key, question)
             stream = self._generator.stream(request)
         except (ValueError, Busy) as error:
@@ -106,6 +108,13 @@ class Language:
             token_ids=tuple(text.ids[num_told:]),
             num_cached_tokens=stream.num_cached_tokens,
         )
+
+    def _check_text(self, question: Question) -> None:
+        # Whoever may write them could end the turn and speak in another role.
+        text = "\n".join(turn.content for turn in question.turns)
+        for token in self._control_tokens:
+            if token in text:
+                raise ValueError(f"{token} is a control token of the model; no text may hold it")
 
     def _request(self, visual: VisualTokens, exam_key: str, question: Question) -> Request:
         prompt = encode_prompt(
