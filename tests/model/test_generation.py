@@ -479,6 +479,37 @@ def test_a_dead_engine_says_so(language) -> None:
             generator.generate([request])
 
 
+def test_streams_fail_when_the_engine_dies(language) -> None:
+    requests = [make_request(i, new=300) for i in range(3)]
+
+    async def die(generator: Generator) -> list:
+        streams = [generator.stream(request) for request in requests]
+        reads = [asyncio.create_task(read(stream)) for stream in streams]
+        while len(generator._unread) > 1:  # two are being answered, the third has no slot
+            await asyncio.sleep(0.001)
+        generator._manager._generation_step = None
+        async with asyncio.timeout(30):
+            return await asyncio.gather(*reads, return_exceptions=True)
+
+    with Generator(language, tokens_per_frame=T, num_slots=2) as generator:
+        failures = asyncio.run(die(generator))
+        assert [type(failure) for failure in failures] == [RuntimeError] * 3
+        assert not generator.alive
+        assert generator.num_prefill_tokens == generator.num_running == 0
+        with pytest.raises(RuntimeError, match="does not run"):
+            generator.stream(requests[0])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_visual_tokens_that_are_no_numbers_are_refused(language, generator, value) -> None:
+    request = make_request(0)
+    tokens_VD = request.tokens_VD.copy()
+    tokens_VD[1, 2] = value
+    with pytest.raises(ValueError, match="visual tokens hold NaN, infinity or more"):
+        generator.stream(replace(request, tokens_VD=tokens_VD, exam_key="broken"))
+    check_answers([answer_alone(language, request)], generator.generate([request]))
+
+
 def test_a_refilled_slot_has_new_ids() -> None:
     table = VisualTable(torch.nn.Embedding(10, D), num_slots=2, tokens_per_frame=T)
     a, b, c = (np.full((T, D), value, np.float32) for value in (1, 2, 3))
