@@ -372,6 +372,34 @@ def test_a_cancelled_request_frees_its_slot_wherever_it_is(language) -> None:
         asyncio.run(leave(generator))
 
 
+def test_an_end_that_the_engine_hears_of_before_the_beginning(language) -> None:
+    async def leave(generator: Generator) -> None:
+        stream = generator.stream(make_request(0, new=300))
+        await anext(stream)
+        manager = generator._manager
+        cancel, manager.cancel_request = manager.cancel_request, lambda _: None  # is lost
+        await stream.aclose()
+        manager.cancel_request = cancel
+        async with asyncio.timeout(20):
+            while generator._scheduler.active_requests:
+                await asyncio.sleep(0.001)
+        lengths.append(num_passes())
+
+    def num_passes() -> int:
+        return len(seen)
+
+    seen: list = []
+    lengths: list[int] = []
+    with Generator(language, tokens_per_frame=T) as generator:
+        deliver = generator._manager.output_router.deliver
+        generator._manager.output_router.deliver = lambda output: (
+            seen.append(output),
+            deliver(output),
+        )
+        asyncio.run(leave(generator))
+    assert lengths[0] < 100  # of 300
+
+
 def test_requests_are_let_in_after_all_that_filled_the_cache_were_cancelled(language) -> None:
     options = {"num_slots": 9, "max_requests": 3, "max_batch_tokens": 16, "page_size": 4}
     requests = [make_request(i, new=60) for i in range(3)]

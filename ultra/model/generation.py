@@ -322,8 +322,10 @@ class Generator:
             visual_ids = self._table.acquire(request.exam_key, request.tokens_VD)
             if visual_ids is None and not self._table.in_use:
                 # The slots have given out all their ids: begin anew with an empty cache.
+                waiting = dict(self._unread)
                 self.stop()
                 self.start()
+                self._unread = waiting
                 visual_ids = self._table.acquire(request.exam_key, request.tokens_VD)
             if visual_ids is None:
                 return None
@@ -365,6 +367,8 @@ class Generator:
                 self._table.release(exam_key)
             else:
                 self._cancelled[request_id] = exam_key
+                again = _Again(self._manager, request_id)
+                self._manager.output_router.result_handlers[request_id] = (None, again)
                 self._manager.cancel_request(request_id)
 
     @property
@@ -376,7 +380,6 @@ class Generator:
         scheduler = self._scheduler
         for request_id, exam_key in list(self._cancelled.items()):
             if request_id in scheduler.active_requests or request_id in scheduler.waiting_requests:
-                self._manager.cancel_request(request_id)  # it may have come before its request
                 continue
             self._manager.output_router.result_handlers.pop(request_id, None)
             del self._cancelled[request_id]
@@ -424,6 +427,18 @@ class _Ear:
             self.generator._let_go(self.request_id, finished=False)
 
 
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """Cancels a request at its next token, should the engine have heard of its end first."""
+
+    manager: Any
+    request_id: str
+
+    def call_soon_threadsafe(self, callback: None, output: Any) -> None:
+        if not output.is_finished():
+            self.manager.cancel_request(self.request_id)
+
+
 class Stream:
     """An answer's new token ids, in pieces as they come.
 
@@ -446,8 +461,10 @@ class Stream:
 
     async def aclose(self) -> None:
         """Cancel what is left; the engine drops it before its next forward pass."""
-        await self._pieces.aclose()
-        self._end(finished=False)
+        try:
+            await self._pieces.aclose()
+        finally:
+            self._end(finished=False)
 
     async def _read(self) -> AsyncGenerator[list[int], None]:
         generator, request = self._generator, self._request
