@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with serving(
             folder,
             make_checkpoint(folder, width=128, layers=3),
+            args={"encoder_cache_mib": 0},  # or the encoders would have next to nothing to do
             deployments=dict.fromkeys(REPLICAS, fixed),
         ) as stand:
             parts = asyncio.run(run(stand, args))

@@ -74,7 +74,7 @@ def ray_cluster(s3_environment: dict[str, str]) -> Iterator[None]:
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "ultra.serve.gateway:middlewares"
     ray.init(
         address="local",
-        num_cpus=4,
+        num_cpus=6,  # a whole one for every replica of two models
         object_store_memory=300 * 2**20,
         include_dashboard=False,
         log_to_driver=False,

@@ -39,7 +39,7 @@ def address(ray_cluster, random_checkpoint, tmp_path_factory) -> Iterator[str]:
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     args = {
-        "models": {"ultra-random": random_checkpoint},
+        "models": {"ultra-random": random_checkpoint, "second": random_checkpoint},
         "max_frames": 4,
         "max_image_mib": 1,
         "max_new_tokens": 200,
@@ -100,6 +100,14 @@ def test_a_frame_group_as_predicted(client, expected) -> None:
     assert ultra["num_near_duplicates"] == 0
     assert ultra["replicas"].keys() == {"encoder", "language"}
     assert all(ultra["replicas"].values())
+
+
+def test_another_model_has_replicas_of_its_own(client, expected) -> None:
+    first, second = ask(client), ask(client, model="second")
+    assert second.model == "second"
+    assert second.choices[0].message.content == expected["text"]  # the same checkpoint, here
+    for part in ("encoder", "language"):
+        assert first.ultra["replicas"][part] != second.ultra["replicas"][part]
 
 
 def test_streamed_it_is_the_same(client, expected) -> None:
@@ -265,7 +273,7 @@ def test_bad_requests_are_told_why(client, changes, error, message) -> None:
 def test_keys_models_health_and_metrics(address, client) -> None:
     with pytest.raises(openai.AuthenticationError, match="needs a valid API key"):
         ask(openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0))
-    assert [m.id for m in client.models.list()] == ["ultra-random"]
+    assert [m.id for m in client.models.list()] == ["ultra-random", "second"]
     assert client.models.retrieve("ultra-random").id == "ultra-random"
     with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {KEY}"}) as http:
         assert httpx.get(f"{address}/health/live").json() == {"status": "ok"}
