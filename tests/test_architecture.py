@@ -382,6 +382,7 @@ def test_the_readme_s_exam_is_accepted() -> None:
 
 def test_the_readme_s_question_is_accepted(tmp_path: Path) -> None:
     from ultra.serve.api import Limits, parse_chat
+    from ultra.serve.images import open_images
 
     frames = {}
     for number in (1, 2):
@@ -404,7 +405,7 @@ def test_the_readme_s_question_is_accepted(tmp_path: Path) -> None:
         timeout=60,
     ).stdout
     assert base64.b64encode(frames["1.png"]) in body
-    question = parse_chat(body, Limits())
+    question = parse_chat(body, Limits(), open_images)
     assert question.frames == tuple(frames.values())
     assert [turn.role for turn in question.turns] == ["user"]
 
