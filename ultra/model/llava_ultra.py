@@ -176,7 +176,8 @@ class VisualBranch:
         visual_1KTD = self.fusion(features)
         scores_1K = self.scorer(visual_1KTD, all_real(visual_1KTD))
         visual_KTD = visual_1KTD[0].float().cpu().numpy()
-        return list(map(Picture, visual_KTD, scores_1K[0].tolist()))
+        # Copies, for a view of one that is kept would keep all of them.
+        return list(map(Picture, map(np.copy, visual_KTD), scores_1K[0].tolist()))
 
 
 def show_group(

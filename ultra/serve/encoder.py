@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from ultra.types import VisualTokens
 
 NUM_DECODERS = 4
 """Threads that decode; Pillow lets go of the interpreter's lock meanwhile."""
+
+MAX_PICTURES = 64
+"""Pictures whose pixels are held: one batch is encoded while the next one is decoded."""
 
 PROBE_AFTER_S = 10.0
 """What was encoded within this time shows as well that the encoders work."""
@@ -48,6 +52,10 @@ class Encoder:
         checkpoint_uri: the model.
         device: where torch runs, `cpu` or `cuda`.
         cache_mib: room for what is remembered of pictures; 0 remembers none.
+
+    Attributes:
+        has_failed: whether the last forward pass did.
+        batch_sizes: number of pictures -> how many forward passes had so many.
     """
 
     def __init__(self, checkpoint_uri: str, device: str = "cpu", cache_mib: int = 1024) -> None:
@@ -59,8 +67,21 @@ class Encoder:
         self._under_way: dict[str, _Shared] = {}
         self._decoders = ThreadPoolExecutor(NUM_DECODERS)
         self._worker = ThreadPoolExecutor(1)
+        self._places = asyncio.Semaphore(MAX_PICTURES)
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._encoded_at = 0.0
-        self.batch_sizes: dict[int, int] = {}
+        self._counts = Counter(encoded=0, cached=0, shared=0, dropped=0)
+        self.has_failed = False
+        self.batch_sizes: Counter[int] = Counter()
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Pictures encoded, found in the cache, found under way, and dropped because nobody waits.
+
+        What was dropped while it was being encoded counts among the encoded ones as well.
+        """
+        return dict(self._counts)
 
     @property
     def num_queued(self) -> int:
@@ -78,17 +99,31 @@ class Encoder:
         """
         parts = self._strategy.parts(frames)
         encode = encode_one or self._encode_alone
-        found = await asyncio.gather(*(self._remember(part, encode) for part in parts))
-        visual = self._branch.show([picture for picture, _ in found], frames)
+        # Digests of frames and copies of tokens take long enough to hold up everybody else.
+        keys = await asyncio.to_thread(list, map(content_digest, parts))
+        found = await asyncio.gather(
+            *(self._remember(key, part, encode) for key, part in zip(keys, parts, strict=True))
+        )
+        pictures = [picture for picture, _ in found]
+        visual = await asyncio.to_thread(self._branch.show, pictures, frames)
         per_part = len(frames) // len(parts)
         return visual, per_part * sum(remembered for _, remembered in found)
 
     async def encode(self, pixels: Sequence[Pixels]) -> list[Picture]:
         """Return the pictures of one forward pass."""
         loop = asyncio.get_running_loop()
-        pictures = await loop.run_in_executor(self._worker, self._branch.encode, pixels)
+        self._idle.clear()
+        try:
+            pictures = await loop.run_in_executor(self._worker, self._branch.encode, pixels)
+        except Exception:
+            self.has_failed = True
+            raise
+        finally:
+            self._idle.set()
+        self.has_failed = False
         self._encoded_at = time.monotonic()
-        self.batch_sizes[len(pixels)] = self.batch_sizes.get(len(pixels), 0) + 1
+        self._counts["encoded"] += len(pixels)
+        self.batch_sizes[len(pixels)] += 1
         return pictures
 
     async def probe(self) -> None:
@@ -97,23 +132,25 @@ class Encoder:
         Raises:
             Exception: whatever keeps them from it.
         """
-        if time.monotonic() - self._encoded_at > PROBE_AFTER_S:
+        if self.has_failed or time.monotonic() - self._encoded_at > PROBE_AFTER_S:
             await self.encode([await self._prepare(Image.new("RGB", (32, 32)))])
 
     async def _encode_alone(self, pixels: Pixels) -> Picture:
         return (await self.encode([pixels]))[0]
 
     async def _remember(
-        self, part: tuple[bytes, ...], encode_one: EncodeOne
+        self, key: str, part: tuple[bytes, ...], encode_one: EncodeOne
     ) -> tuple[Picture, bool]:
-        key = content_digest(part)
         if (picture := self._cache.get(key)) is not None:
+            self._counts["cached"] += 1
             return picture, True
         shared = self._under_way.get(key)
         is_new = shared is None
         if shared is None:
             shared = _Shared(asyncio.create_task(self._make(key, part, encode_one)))
             self._under_way[key] = shared
+        else:
+            self._counts["shared"] += 1
         shared.num_waiting += 1
         try:
             # Whoever leaves does not take the picture from the others.
@@ -121,13 +158,16 @@ class Encoder:
         finally:
             shared.num_waiting -= 1
             if not shared.num_waiting:
-                shared.task.cancel()
+                del self._under_way[key]  # first, so that nobody waits for what is given up
+                self._counts["dropped"] += shared.task.cancel()
 
     async def _make(self, key: str, part: tuple[bytes, ...], encode_one: EncodeOne) -> Picture:
-        try:
-            picture = await encode_one(await self._prepare(part))
-        finally:
-            del self._under_way[key]
+        async with self._places:
+            pixels = await self._prepare(part)
+            # Serve makes a batch of what comes within its wait, also while another is computed,
+            # and would queue many small ones: what comes meanwhile must come at once.
+            await self._idle.wait()
+            picture = await encode_one(pixels)
         if picture.visual_TD.nbytes <= self._cache.maxsize:
             self._cache[key] = picture
         return picture

@@ -88,6 +88,15 @@ class EncoderReplica:
         """Return number of frames -> how many forward passes had so many."""
         return self._encoder.batch_sizes
 
+    async def stats(self) -> dict[str, int]:
+        """Return what became of frames; see Encoder.stats."""
+        return self._encoder.stats
+
+    async def check_health(self) -> None:
+        """Raise when the encoders fail again and again, so that Serve replaces this replica."""
+        if self._encoder.has_failed:
+            await self._encoder.probe()
+
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what ScaleBySignals goes by."""
         return {"queued_frames": self._encoder.num_queued}
