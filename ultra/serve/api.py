@@ -147,10 +147,14 @@ class Message(_Open):
     content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
 
 
+# Strict, because pydantic would take "yes" for true, and true or "1" for 1.
+Flag = Annotated[bool, Field(strict=True)]
+
+
 class StreamOptions(_Open):
     """Options of a streamed answer."""
 
-    include_usage: bool = False
+    include_usage: Flag | None = None
 
 
 class ResponseFormat(_Open):
@@ -159,14 +163,18 @@ class ResponseFormat(_Open):
     type: Literal["text"]
 
 
-# Strict, because pydantic would take true for 1 and "1" as well.
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 Seed = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
 Temperature = Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=100)]
 Stops = Annotated[
-    list[Stop], Field(max_length=4), BeforeValidator(lambda v: [v] if isinstance(v, str) else v)
+    list[Stop],
+    Field(max_length=4),
+    BeforeValidator(
+        lambda v: [v] if isinstance(v, str) else v,
+        json_schema_input_type=Stop | Annotated[list[Stop], Field(max_length=4)],
+    ),
 ]
 
 
@@ -175,7 +183,7 @@ class ChatRequest(_Open):
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
-    stream: bool = False
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
@@ -328,7 +336,7 @@ def parse_chat(body: bytes, limits: Limits, open_images: OpenImages) -> Question
         seed=request.seed,
         num_near_duplicates=num_near_duplicates,
         model=request.model,
-        stream=request.stream,
+        stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
     )
 

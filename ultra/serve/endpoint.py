@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import time
+import traceback
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -17,10 +18,12 @@ from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram
 from prometheus_client import generate_latest as render_metrics
 from starlette.exceptions import HTTPException
 
+from ultra.serve import openapi
 from ultra.serve.admission import Admission
 from ultra.serve.api import (
     ApiError,
@@ -136,44 +139,44 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
 
     metrics = Metrics()
     app = FastAPI(title="ultra", docs_url=None, redoc_url=None, openapi_url=None)
-    router = APIRouter(dependencies=[Depends(require_key)])
+    # HTTPBearer refuses nothing here; it is what the OpenAPI document knows of the key.
+    router = APIRouter(
+        dependencies=[Depends(HTTPBearer(auto_error=False)), Depends(require_key)],
+        responses=openapi.errors(401, 500),
+    )
     models = {model["id"]: model for model in describe_models(limits)}
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
         return {"status": "ok"}
 
-    @router.get("/health/ready")
+    @router.get("/health/ready", **openapi.READY)
     async def ready() -> Response:
         is_ready = await backend.ready()
         status = {True: "ok", False: "unavailable"}[is_ready]
         return JSONResponse({"status": status}, 200 if is_ready else 503)
 
-    @router.get("/metrics")
+    @router.get("/metrics", **openapi.METRICS)
     async def show_metrics() -> Response:
         return Response(render_metrics(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", **openapi.MODELS)
     async def list_models() -> dict[str, Any]:
         return {"object": "list", "data": [*models.values()]}
 
-    @router.get("/v1/models/{name}")
+    @router.get("/v1/models/{name}", **openapi.MODEL)
     async def show_model(name: str) -> dict[str, Any]:
         if name not in models:
             raise ApiError("there is no such model", status=404, code="model_not_found")
         return models[name]
 
-    @router.post(CHAT)
+    @router.post(CHAT, **openapi.CHAT)
     async def chat(request: Request) -> Response:
-        try:
-            return await _chat(request, backend, limits, metrics)
-        except ApiError as error:
-            metrics.refused(error.status)
-            raise
+        return await _chat(request, backend, limits, metrics)
 
     opening = asyncio.Semaphore(1)  # a cine takes seconds; questions find the other threads free
 
-    @router.post("/v1/frames")
+    @router.post("/v1/frames", **openapi.FRAMES)
     async def show_frames(request: Request) -> dict[str, Any]:
         body = await _read_body(request, limits.max_dicom_mib * 2**20, limits.body_timeout_s)
         async with opening:
@@ -191,6 +194,17 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
 
 
 async def _chat(request: Request, backend: Backend, limits: Limits, metrics: Metrics) -> Response:
+    try:
+        return await _answer(request, backend, limits, metrics)
+    except ApiError as error:
+        metrics.refused(error.status)
+        raise
+    except Exception as error:  # counted already; the server would log all that it says
+        _log_failure("a question failed", error)
+        raise _as_api_error(error) from None
+
+
+async def _answer(request: Request, backend: Backend, limits: Limits, metrics: Metrics) -> Response:
     ticket = read_ticket(request.headers.raw)
     body = await _read_body(request, limits.max_body_bytes, limits.body_timeout_s)
     # Decoding frames takes long enough to hold up everybody else.
@@ -232,7 +246,7 @@ async def _stream(reply: Reply, events: AsyncGenerator[Event, None]) -> AsyncGen
                 yield chunk
         except Exception as error:
             # The status line is gone, so the stream itself must say that the answer is cut.
-            logger.error("an answer broke off: %s", type(error).__name__)
+            _log_failure("an answer broke off", error)
             yield _sse(_as_api_error(error).body())
 
 
@@ -253,9 +267,16 @@ async def _read_body(request: Request, max_bytes: int, timeout_s: float) -> byte
     return bytes(body)
 
 
+def _log_failure(what: str, error: Exception) -> None:
+    """Log where something failed, but not the message, which may quote what was asked."""
+    places = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("%s: %s\n%s", what, type(error).__name__, places)
+
+
 async def _show_error(request: Request, error: Exception) -> Response:
     shown = _as_api_error(error)
-    return JSONResponse(shown.body(), shown.status, shown.headers)
+    headers = error.headers if isinstance(error, HTTPException) else shown.headers
+    return JSONResponse(shown.body(), shown.status, headers)
 
 
 def _as_api_error(error: Exception) -> ApiError:

@@ -35,7 +35,7 @@ HEADERS = {
 
 def create_page() -> APIRouter:
     """Return the routes of the page's files."""
-    router = APIRouter()
+    router = APIRouter(include_in_schema=False)
     for path, (name, media_type) in FILES.items():
         _add_file(router, path, name, media_type)
     return router
