@@ -171,7 +171,8 @@ def test_other_hosts_are_not_asked(server, names, url) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["http://[fc00::1]/a.png", "file:///etc/passwd", "http://localhost:22/", "https://x:y"]
+    "target",
+    ["http://[fc00::1]/a.png", "file:///etc/passwd", "http://localhost:22/", "https://x:y"],
 )
 def test_a_redirect_is_checked_like_the_first_address(server, names, target) -> None:
     here = origin(server)

@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 import traceback
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -19,8 +17,6 @@ from typing import Any, Protocol
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram
-from prometheus_client import generate_latest as render_metrics
 from starlette.exceptions import HTTPException
 
 from ultra.serve import openapi
@@ -41,6 +37,7 @@ from ultra.serve.api import (
 from ultra.serve.dicom import open_dicom
 from ultra.serve.gateway import END, mark_tokens, read_ticket
 from ultra.serve.images import open_images
+from ultra.serve.metrics import Metrics
 from ultra.serve.page import create_page
 from ultra.serve.security import ApiKeys
 
@@ -65,69 +62,6 @@ class Backend(Protocol):
         """Return whether questions would be answered now."""
 
 
-class Metrics:
-    """Counters of this process; a scrape of several ingress processes tells them apart."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.process = uuid.uuid4().hex[:8]
-        self._requests = self._counter("requests", "Chat requests by status.", "status")
-        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        self._cached_tokens = self._counter(
-            "cached_prompt_tokens", "Tokens of prompts that the engine remembered."
-        )
-        self._frames = self._counter("frames", "Frames asked about.", "source")
-        self._answer_tokens = self._counter("answer_tokens", "Tokens of answers.")
-        self._first = self._histogram("first_text_seconds", "Until the first text.")
-        self._total = self._histogram("request_seconds", "Until the whole answer.")
-
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"ultra_{name}", text, ["process", *labels], registry=self.registry)
-
-    def _histogram(self, name: str, text: str) -> Histogram:
-        buckets = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
-        return Histogram(
-            f"ultra_{name}", text, ["process"], registry=self.registry, buckets=buckets
-        )
-
-    def refused(self, status: int) -> None:
-        """Count a request that got no answer."""
-        self._requests.labels(self.process, str(status)).inc()
-
-    async def watch(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
-        """Yield the events of one answer, counting and timing it."""
-        start = time.monotonic()
-        has_text = False
-        try:
-            async with aclosing(events):
-                async for event in events:
-                    if isinstance(event, Opening):
-                        self._opened(event)
-                    elif isinstance(event, Delta):
-                        if not has_text:
-                            self._first.labels(self.process).observe(time.monotonic() - start)
-                        has_text = True
-                        if event.finish_reason:
-                            self._answered(event, time.monotonic() - start)
-                    yield event
-        except Exception as error:
-            if not isinstance(error, ApiError):
-                self.refused(500)
-            raise
-
-    def _opened(self, opening: Opening) -> None:
-        self._prompt_tokens.labels(self.process).inc(opening.num_prompt_tokens)
-        num_cached = opening.num_cached_frames
-        self._frames.labels(self.process, "cache").inc(num_cached)
-        self._frames.labels(self.process, "encoder").inc(len(opening.scores_K) - num_cached)
-
-    def _answered(self, last: Delta, seconds: float) -> None:
-        self._cached_tokens.labels(self.process).inc(last.num_cached_tokens)
-        self._answer_tokens.labels(self.process).inc(last.num_tokens)
-        self._total.labels(self.process).observe(seconds)
-        self._requests.labels(self.process, "200").inc()
-
-
 def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
     """Return the endpoint; `/health/live` and the page's files alone are open without a key."""
 
@@ -144,11 +78,25 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
         dependencies=[Depends(HTTPBearer(auto_error=False)), Depends(require_key)],
         responses=openapi.errors(401, 500),
     )
-    models = {model["id"]: model for model in describe_models(limits)}
+    _add_views(router, backend, limits, metrics)
+    _add_questions(router, backend, limits, metrics)
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
         return {"status": "ok"}
+
+    app.add_middleware(
+        Admission, path=CHAT, max_open=limits.max_open_questions, refused=metrics.refused
+    )
+    app.include_router(router)
+    app.include_router(create_page())
+    for kind in (ApiError, HTTPException, Exception):
+        app.add_exception_handler(kind, _show_error)
+    return app
+
+
+def _add_views(router: APIRouter, backend: Backend, limits: Limits, metrics: Metrics) -> None:
+    models = {model["id"]: model for model in describe_models(limits)}
 
     @router.get("/health/ready", **openapi.READY)
     async def ready() -> Response:
@@ -158,7 +106,7 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
 
     @router.get("/metrics", **openapi.METRICS)
     async def show_metrics() -> Response:
-        return Response(render_metrics(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return metrics.show()
 
     @router.get("/v1/models", **openapi.MODELS)
     async def list_models() -> dict[str, Any]:
@@ -170,27 +118,19 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
             raise ApiError("there is no such model", status=404, code="model_not_found")
         return models[name]
 
+
+def _add_questions(router: APIRouter, backend: Backend, limits: Limits, metrics: Metrics) -> None:
+    opening = asyncio.Semaphore(1)  # a cine takes seconds; questions find the other threads free
+
     @router.post(CHAT, **openapi.CHAT)
     async def chat(request: Request) -> Response:
         return await _chat(request, backend, limits, metrics)
 
-    opening = asyncio.Semaphore(1)  # a cine takes seconds; questions find the other threads free
-
     @router.post("/v1/frames", **openapi.FRAMES)
     async def show_frames(request: Request) -> dict[str, Any]:
-        body = await _read_body(request, limits.max_dicom_mib * 2**20, limits.body_timeout_s)
         async with opening:
+            body = await _read_body(request, limits.max_dicom_mib * 2**20, limits.body_timeout_s)
             return await asyncio.to_thread(open_dicom, body, limits)
-
-    app.add_middleware(
-        Admission, path=CHAT, max_open=limits.max_open_questions, refused=metrics.refused
-    )
-    app.include_router(router)
-    app.include_router(create_page())
-    app.add_exception_handler(ApiError, _show_error)
-    app.add_exception_handler(HTTPException, _show_error)
-    app.add_exception_handler(Exception, _show_error)
-    return app
 
 
 async def _chat(request: Request, backend: Backend, limits: Limits, metrics: Metrics) -> Response:
