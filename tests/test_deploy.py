@@ -268,6 +268,9 @@ def test_only_the_endpoint_is_open(
     assert among_themselves == {"from": [{"podSelector": own}]}
     (peer,) = operator["from"]
     assert peer.keys() == {"namespaceSelector", "podSelector"}
+    # The label that the operator has from Helm and from kustomize alike.
+    component = {"app.kubernetes.io/component": "kuberay-operator"}
+    assert peer["podSelector"] == {"matchLabels": component}
     assert operator["ports"] == [{"port": 8265}]
     assert rest == [{"ports": [{"port": port}]} for port in open_ports]
 
