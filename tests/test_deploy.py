@@ -178,6 +178,15 @@ def test_an_old_cluster_ends_its_answers_before_it_goes() -> None:
     assert delay_s > SERVED["http_options"]["request_timeout_s"]
 
 
+def test_a_worker_ends_its_answers_before_it_goes() -> None:
+    _head, *workers = templates(CLUSTERS["service"])
+    for template in workers:
+        (container,) = template["spec"]["containers"]
+        pause_s = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert pause_s >= SERVED["http_options"]["request_timeout_s"]
+        assert template["spec"]["terminationGracePeriodSeconds"] > pause_s
+
+
 # The clusters
 
 
