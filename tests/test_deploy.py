@@ -62,6 +62,7 @@ KUBERAY: dict[str, dict[str, Any]] = {
         "minReplicas": int,
         "maxReplicas": int,
         "rayStartParams": "Strings",
+        "labels": "Strings",
         "template": dict,
     },
 }
@@ -159,10 +160,11 @@ def test_the_endpoint_is_that_of_serve_config() -> None:
     wanted["proxy_location"] = "EveryNode"
     wanted["http_options"]["host"] = "0.0.0.0"
     application["args"]["models"] = dict.fromkeys(application["args"]["models"], CHECKPOINT)
+    by_name = {d["name"]: d["ray_actor_options"] for d in application["deployments"]}
+    by_name["Ingress"]["label_selector"] = {"part": "ingress"}
     for part, deployment in {"encoder": "EncoderReplica", "language": "LanguageReplica"}.items():
         application["args"][f"{part}_device"] = "cuda"
-        (found,) = [d for d in application["deployments"] if d["name"] == deployment]
-        found["ray_actor_options"]["num_gpus"] = 1
+        by_name[deployment]["num_gpus"] = 1
     assert wanted == SERVED, "deploy/rayservice.yaml and serve_config.yaml differ"
 
 
@@ -195,12 +197,30 @@ def test_ray_is_the_one_of_the_image(name: str) -> None:
     assert CLUSTERS[name]["rayVersion"] == ray.__version__
 
 
-def test_the_autoscaler_can_give_every_replica_a_place() -> None:
+def node_groups() -> dict[str, Any]:
+    """Return the groups of the endpoint's pods as Ray's autoscaler reads them."""
     resource = {
         "metadata": {"name": "ultra", "namespace": "default"},
         "spec": CLUSTERS["service"],
     }
-    groups = _derive_autoscaling_config_from_ray_cr(resource)["available_node_types"]
+    groups: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(resource)[
+        "available_node_types"
+    ]
+    return groups
+
+
+def test_the_ingress_has_pods_without_gpus() -> None:
+    (application,) = SERVED["applications"]
+    (ingress,) = [d for d in application["deployments"] if d["name"] == "Ingress"]
+    options = ingress["ray_actor_options"]
+    (group,) = [g for g in node_groups().values() if g["labels"] == options["label_selector"]]
+    assert "GPU" not in group["resources"]
+    most = ingress["autoscaling_config"]["max_replicas"] * options["num_cpus"]
+    assert most <= group["max_workers"] * group["resources"]["CPU"]
+
+
+def test_the_autoscaler_can_give_every_replica_a_place() -> None:
+    groups = node_groups()
     assert groups["headgroup"]["resources"]["CPU"] == 0
     (application,) = SERVED["applications"]
     for bound in ("min", "max"):
