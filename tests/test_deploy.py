@@ -314,6 +314,9 @@ def test_the_image_fits_the_manifests() -> None:
     copied = [path for line in re.findall(r"^COPY (.*)", steps, re.M) for path in line.split()[:-1]]
     assert {"pyproject.toml", "requirements.lock", "ultra", "ray_jobs"} <= set(copied)
     assert all((ROOT / path).exists() for path in copied)
+    let_in = (ROOT / "deploy" / "Dockerfile.dockerignore").read_text(encoding="utf-8").split("\n")
+    assert let_in[1] == "*"
+    assert {line[1:] for line in let_in if line.startswith("!")} == set(copied)
     (user,) = re.findall(r"^USER (\d+)", steps, re.M)
     pods = [template for cluster in CLUSTERS.values() for template in templates(cluster)]
     assert {t["spec"]["securityContext"]["runAsUser"] for t in pods} == {int(user)}
