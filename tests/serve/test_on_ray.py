@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import openai
@@ -16,7 +17,14 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, free_port
-from tests.serve.questions import FRAMES, ask_user, encode_image
+from tests.serve.questions import (
+    CANARIES,
+    CANARY_IMAGE,
+    FRAMES,
+    ask_user,
+    encode_image,
+    find_canaries,
+)
 from ultra.data.prompts import encode_prompt
 from ultra.model import checkpoint
 from ultra.model.generation import Generator, Request
@@ -305,6 +313,25 @@ def test_clients_that_leave_cancel_their_answers(address, client) -> None:
         time.sleep(0.05)
     assert language.num_running.remote().result() == 0
     assert count_answered(address) - before < len(streams)
+
+
+def test_no_log_of_the_cluster_holds_what_was_asked_or_answered(client) -> None:
+    messages = [
+        {"role": "system", "content": CANARIES["system"]},
+        ask_user(CANARIES["user"], CANARY_IMAGE),
+    ]
+    answers = [ask(client, messages=messages).choices[0].message.content]
+    ask(client, messages=messages, stream=True).close()
+    for change in ({"temperature": 9}, {"max_tokens": 199}, {"stop": CANARIES["user"] * 9}):
+        long = [messages[0], ask_user(CANARIES["user"] * 30, CANARY_IMAGE)]
+        with pytest.raises(openai.BadRequestError):
+            ask(client, messages=long, **change)
+    logs = Path("/tmp/ray/session_latest/logs")
+    texts = [p.read_text(errors="replace") for p in logs.rglob("*") if p.is_file()]
+    assert any("LanguageReplica" in text for text in texts)  # this cluster's, and written by now
+    for text in texts:
+        assert find_canaries(text) == []
+        assert not any(answer in text for answer in answers)
 
 
 def test_the_ingress_needs_no_torch() -> None:
