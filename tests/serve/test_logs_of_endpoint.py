@@ -10,6 +10,7 @@ import pytest
 
 from tests.serve.questions import CANARIES, CANARY_IMAGE, ask_user, find_canaries
 from tests.serve.stand_in import run_stand_in
+from tests.serve.test_dicom import real
 
 CHAT = "/v1/chat/completions"
 
@@ -40,6 +41,8 @@ def ask(text: str = "", **fields) -> dict:
 
 
 BAD = {"temperature": 3}, {"model": CANARIES["user"]}, {"stop": [CANARIES["user"] * 9]}
+QUOTED = real("color3d_jpeg_baseline").replace(b"1.2.840.10008.1.2.4.50", b"canary-tag-10008.1.2.4")
+"""Its transfer syntax is one that pydicom warns about in its own words."""
 DAMAGED = ask_user(CANARIES["user"], CANARY_IMAGE[:-40])
 
 
@@ -53,6 +56,7 @@ def test_nothing_of_a_question_or_its_answer_is_logged(tmp_path) -> None:
             assert 400 <= client.post(CHAT, json=ask(**fields)).status_code < 500
         assert client.post(CHAT, content=json.dumps(ask())[:-1]).status_code == 400
         assert client.post("/v1/frames", content=CANARY_IMAGE).status_code == 400
+        assert client.post("/v1/frames", content=QUOTED).status_code == 400
         assert client.post(CHAT, json=ask("FAIL AT ONCE")).status_code == 500
         assert "server_error" in client.post(CHAT, json=ask("FAIL LATER", stream=True)).text
         assert client.post(CHAT, json=ask("FAIL LATER")).status_code == 500
@@ -61,6 +65,7 @@ def test_nothing_of_a_question_or_its_answer_is_logged(tmp_path) -> None:
     assert text.count("an answer broke off: RuntimeError") == 1
     assert 'stand_in.py", line' in text  # where
     assert find_canaries(text) == []
+    assert "canary-tag" not in text
 
 
 def test_errors_tell_nothing_of_the_inside(tmp_path) -> None:

@@ -72,7 +72,9 @@ def create_app(backend: Backend, limits: Limits, keys: ApiKeys) -> FastAPI:
             )
 
     metrics = Metrics()
-    app = FastAPI(title="ultra", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="ultra", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     # HTTPBearer refuses nothing here; it is what the OpenAPI document knows of the key.
     router = APIRouter(
         dependencies=[Depends(HTTPBearer(auto_error=False)), Depends(require_key)],

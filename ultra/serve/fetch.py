@@ -9,6 +9,7 @@ then. A redirect is another address, checked in the same way.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 import ssl
 import time
@@ -45,6 +46,8 @@ class Fetcher:
         self._origins = {h if "://" in h else f"https://{h}" for h in hosts}
         self._networks: list[Network] = [ipaddress.ip_network(n) for n in networks]
         self._verify = verify or True
+        for name in ("httpx", "httpcore"):  # they log whole addresses, and some carry a key
+            logging.getLogger(name).setLevel(logging.WARNING)
 
     def fetch(self, url: str, max_bytes: int) -> bytes:
         """Return the content of a URL.

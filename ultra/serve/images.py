@@ -43,9 +43,10 @@ def open_images(urls: Sequence[str], limits: Limits) -> tuple[tuple[bytes, ...],
                 frames.append(frame)
                 thumbnails.append(thumbnail(pixels))
         except ValueError as error:
-            if isinstance(error, ApiError):
+            if isinstance(error, ApiError) and error.status != 400:
                 raise
-            raise ApiError(f"image {number}: {error}", param="messages") from None
+            code = getattr(error, "code", None)
+            raise ApiError(f"image {number}: {error}", param="messages", code=code) from None
     if len(frames) > limits.max_frames:
         raise ApiError(
             f"{len(frames)} frames with those of the DICOM files, at most {limits.max_frames}",
