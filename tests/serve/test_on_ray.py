@@ -334,6 +334,30 @@ def test_no_log_of_the_cluster_holds_what_was_asked_or_answered(client) -> None:
         assert not any(answer in text for answer in answers)
 
 
+def test_a_dead_engine_is_a_lost_replica_and_unhealthy(random_checkpoint, monkeypatch) -> None:
+    from ultra.serve import on_ray
+    from ultra.serve.api import Question, Seen
+
+    args = on_ray.ServeArgs(models={"m": random_checkpoint})
+    replica = on_ray.LanguageReplica.func_or_class(args, random_checkpoint)
+    monkeypatch.setattr(on_ray, "_own_name", lambda: "name")
+    visual = checkpoint.load_visual(random_checkpoint).look([FRAMES])[0]
+    question = Question((Turn("user", "左叶"),), (), 9)
+
+    async def collect() -> list:
+        return [e async for e in replica.answer(Seen(visual, 0, "encoder"), "x", question)]
+
+    assert asyncio.run(collect())[-1].num_tokens == 9
+    replica.check_health()
+    replica._language._generator._manager._generation_step = None  # the engine dies of it
+    with pytest.raises(on_ray.EngineDied):
+        asyncio.run(collect())
+    assert on_ray.EngineDied in on_ray.LOST
+    with pytest.raises(RuntimeError, match="has died"):
+        replica.check_health()
+    replica._language.stop()
+
+
 def test_the_ingress_needs_no_torch() -> None:
     code = "import sys, ultra.serve.on_ray; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)

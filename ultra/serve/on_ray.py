@@ -32,9 +32,13 @@ from ultra.serve.security import load_keys
 
 PROBE_TIMEOUT_S = 5.0
 
-LOST = (RayActorError, ObjectLostError, WorkerCrashedError, RayServeException)
-"""What the death of a replica looks like; the last one stands for that of an encoder."""
 
+class EngineDied(Exception):
+    """A language replica can answer no more, and Serve has not replaced it yet."""
+
+
+LOST = (RayActorError, ObjectLostError, WorkerCrashedError, RayServeException, EngineDied)
+"""What the death of a replica looks like; RayServeException stands for that of an encoder."""
 
 BY_SESSION = {
     "request_router_class": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -51,7 +55,7 @@ class ServeArgs(Limits):
     deadline_s: Positive = 120
     """Seconds from a request's arrival to the end of its answer."""
     api_keys_file: str = ""
-    """A file on the ingress's node, one key a line; empty: ULTRA_API_KEYS of its environment."""
+    """A file on the ingress's node; see security.load_keys."""
     encoder_cache_mib: Annotated[int, Field(ge=0)] = 1024
     """What one encoder replica remembers of frames."""
     max_prefill_tokens: Positive | None = None
@@ -117,12 +121,17 @@ class LanguageReplica:
         self, seen: Seen, exam_key: str, question: Question
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of one answer; see Language.answer."""
-        async with aclosing(self._language.answer(seen.visual, exam_key, question)) as events:
-            async for event in events:
-                if isinstance(event, Opening):
-                    replicas = {"encoder": seen.replica, "language": _own_name()}
-                    event = replace(event, replicas=replicas, num_cached_frames=seen.num_cached)
-                yield event
+        try:
+            async with aclosing(self._language.answer(seen.visual, exam_key, question)) as events:
+                async for event in events:
+                    if isinstance(event, Opening):
+                        replicas = {"encoder": seen.replica, "language": _own_name()}
+                        event = replace(event, replicas=replicas, num_cached_frames=seen.num_cached)
+                    yield event
+        except RuntimeError as error:
+            if self._language.alive:
+                raise
+            raise EngineDied from error
 
     async def ready(self) -> bool:
         """Return whether the engine runs."""
