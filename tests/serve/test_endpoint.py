@@ -243,6 +243,24 @@ def test_counters() -> None:
     assert 'ultra_first_text_seconds_count"} 2.0' in values
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("events", "status"),
+    [
+        ([RuntimeError("x")], "500"),
+        ([*ANSWER[:2], RuntimeError("x")], "500"),
+        ([*ANSWER[:2], ApiError("late", status=504)], "504"),
+    ],
+)
+def test_a_question_that_fails_is_counted_once(stream, events, status) -> None:
+    client = connect(Script(events))
+    client.post(CHAT, json=question(stream=stream))
+    lines = [x for x in client.get("/metrics").text.splitlines() if "ultra_requests_total{" in x]
+    assert len(lines) == 1
+    assert f'status="{status}"' in lines[0]
+    assert lines[0].endswith(" 1.0")
+
+
 def test_nothing_of_the_content_is_logged(caplog) -> None:
     caplog.set_level(logging.DEBUG)
     client = connect(Script(ANSWER))

@@ -225,7 +225,10 @@ def _coded_sizes(dataset: Any, count: int) -> Iterator[tuple[int, int]]:
 
 
 def _num_frames(dataset: Any) -> int:
-    return int(dataset.get("NumberOfFrames") or 1)
+    try:
+        return int(dataset.get("NumberOfFrames") or 1)
+    except ValueError:
+        raise ValueError("a number of frames that is none") from None
 
 
 def _survey(dataset: Any, panes: Sequence[_Pane], max_frames: int, threshold: float) -> list[_Pane]:

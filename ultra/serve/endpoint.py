@@ -9,8 +9,8 @@ import asyncio
 import json
 import logging
 import traceback
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -132,18 +132,17 @@ def _add_questions(router: APIRouter, backend: Backend, limits: Limits, metrics:
     async def show_frames(request: Request) -> dict[str, Any]:
         async with opening:
             body = await _read_body(request, limits.max_dicom_mib * 2**20, limits.body_timeout_s)
-            return await asyncio.to_thread(open_dicom, body, limits)
+            with _discreet("a DICOM file failed"):
+                return await asyncio.to_thread(open_dicom, body, limits)
 
 
 async def _chat(request: Request, backend: Backend, limits: Limits, metrics: Metrics) -> Response:
     try:
-        return await _answer(request, backend, limits, metrics)
+        with _discreet("a question failed"):
+            return await _answer(request, backend, limits, metrics)
     except ApiError as error:
         metrics.refused(error.status)
         raise
-    except Exception as error:  # counted already; the server would log all that it says
-        _log_failure("a question failed", error)
-        raise _as_api_error(error) from None
 
 
 async def _answer(request: Request, backend: Backend, limits: Limits, metrics: Metrics) -> Response:
@@ -161,7 +160,7 @@ async def _answer(request: Request, backend: Backend, limits: Limits, metrics: M
         assert isinstance(first, Opening)
         reply = Reply(question, first)
         if question.stream:
-            chunks = _stream(reply, events)
+            chunks = _stream(reply, events, metrics)
             return StreamingResponse(chunks, media_type="text/event-stream")
         deltas = [event async for event in events if isinstance(event, Delta)]
     except BaseException:
@@ -170,7 +169,9 @@ async def _answer(request: Request, backend: Backend, limits: Limits, metrics: M
     return JSONResponse(reply.completion("".join(d.text for d in deltas), deltas[-1]))
 
 
-async def _stream(reply: Reply, events: AsyncGenerator[Event, None]) -> AsyncGenerator[bytes, None]:
+async def _stream(
+    reply: Reply, events: AsyncGenerator[Event, None], metrics: Metrics
+) -> AsyncGenerator[bytes, None]:
     question = reply.question
     async with aclosing(events):
         if question.ticket.begun is None:
@@ -189,7 +190,9 @@ async def _stream(reply: Reply, events: AsyncGenerator[Event, None]) -> AsyncGen
         except Exception as error:
             # The status line is gone, so the stream itself must say that the answer is cut.
             _log_failure("an answer broke off", error)
-            yield _sse(_as_api_error(error).body())
+            shown = _as_api_error(error)
+            metrics.refused(shown.status)
+            yield _sse(shown.body())
 
 
 def _sse(content: dict[str, Any]) -> bytes:
@@ -207,6 +210,18 @@ async def _read_body(request: Request, max_bytes: int, timeout_s: float) -> byte
     except TimeoutError:
         raise ApiError(f"no whole request within {timeout_s} s", status=408) from None
     return bytes(body)
+
+
+@contextmanager
+def _discreet(what: str) -> Iterator[None]:
+    """Answer an unexpected error with a 500; the server would log all that the error says."""
+    try:
+        yield
+    except ApiError:
+        raise
+    except Exception as error:
+        _log_failure(what, error)
+        raise _as_api_error(error) from None
 
 
 def _log_failure(what: str, error: Exception) -> None:

@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client import generate_latest as render_metrics
 from starlette.responses import Response
 
-from ultra.serve.api import ApiError, Delta, Event, Opening
+from ultra.serve.api import Delta, Event, Opening
 
 
 class Metrics:
@@ -44,29 +44,24 @@ class Metrics:
         return Response(render_metrics(self.registry), media_type=CONTENT_TYPE_LATEST)
 
     def refused(self, status: int) -> None:
-        """Count a request that got no answer."""
+        """Count a request that got no answer, or not all of it."""
         self._requests.labels(self.process, str(status)).inc()
 
     async def watch(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """Yield the events of one answer, counting and timing it."""
         start = time.monotonic()
         has_text = False
-        try:
-            async with aclosing(events):
-                async for event in events:
-                    if isinstance(event, Opening):
-                        self._opened(event)
-                    elif isinstance(event, Delta):
-                        if not has_text:
-                            self._first.labels(self.process).observe(time.monotonic() - start)
-                        has_text = True
-                        if event.finish_reason:
-                            self._answered(event, time.monotonic() - start)
-                    yield event
-        except Exception as error:
-            if not isinstance(error, ApiError):
-                self.refused(500)
-            raise
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Opening):
+                    self._opened(event)
+                elif isinstance(event, Delta):
+                    if not has_text:
+                        self._first.labels(self.process).observe(time.monotonic() - start)
+                    has_text = True
+                    if event.finish_reason:
+                        self._answered(event, time.monotonic() - start)
+                yield event
 
     def _opened(self, opening: Opening) -> None:
         self._prompt_tokens.labels(self.process).inc(opening.num_prompt_tokens)
