@@ -25,7 +25,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from benchmarks.stand import make_checkpoint, make_frames, spread, write_result
-from ultra.serve.api import Seen
+from ultra.serve.events import Seen
 from ultra.serve.on_ray import EncoderReplica, ServeArgs
 from ultra.types import VisualTokens
 

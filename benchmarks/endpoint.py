@@ -35,8 +35,8 @@ from benchmarks.stand import (
     write_result,
 )
 from ultra.data.schema import content_digest
-from ultra.serve.api import Delta, Question
 from ultra.serve.encoder import Encoder
+from ultra.serve.events import Delta, Question
 from ultra.serve.language import Language
 from ultra.types import Turn
 

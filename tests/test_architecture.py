@@ -381,8 +381,9 @@ def test_the_readme_s_exam_is_accepted() -> None:
 
 
 def test_the_readme_s_question_is_accepted(tmp_path: Path) -> None:
-    from ultra.serve.api import Limits, parse_chat
+    from ultra.serve.api import parse_chat
     from ultra.serve.images import open_images
+    from ultra.serve.limits import Limits
 
     frames = {}
     for number in (1, 2):

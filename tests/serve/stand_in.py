@@ -22,8 +22,9 @@ import uvicorn
 from tests.conftest import ROOT, free_port, wait_until_up
 from tests.serve.questions import CANARIES
 from tests.serve.test_endpoint import Script
-from ultra.serve.api import Delta, Event, Limits, Opening, Question
 from ultra.serve.endpoint import create_app
+from ultra.serve.events import Delta, Event, Opening, Question
+from ultra.serve.limits import Limits
 from ultra.serve.security import ApiKeys, digest_key
 
 ANSWER = (Opening(0, (0.5,), 9), Delta(CANARIES["answer"], 1), Delta("", 2, "stop"))

@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from tests.serve.questions import FRAMES, ask_user, encode_image, encode_pixels, image_part
-from ultra.serve.api import ApiError, Delta, Limits, Opening, Question, Reply, Ticket, parse_chat
+from ultra.serve.api import Reply, parse_chat
+from ultra.serve.events import Delta, Opening, Question, Ticket
 from ultra.serve.images import open_images
+from ultra.serve.limits import ApiError, Limits
 from ultra.types import Turn
 
 LIMITS = Limits(models={"m": ""}, max_frames=3, max_image_mib=1, max_image_pixels=1000)

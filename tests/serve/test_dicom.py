@@ -9,8 +9,8 @@ from pydicom.data import get_testdata_file
 
 from ultra.data.dicom import read_dicom
 from ultra.serve import dicom
-from ultra.serve.api import ApiError, Limits
 from ultra.serve.dicom import open_dicom
+from ultra.serve.limits import ApiError, Limits
 
 LIMITS = Limits(max_frames=5)
 

@@ -11,8 +11,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.serve.questions import FRAMES, ask_user
-from ultra.serve.api import ApiError, Delta, Event, Limits, Opening, Question, Refusal
 from ultra.serve.endpoint import create_app
+from ultra.serve.events import Delta, Event, Opening, Question, Refusal
+from ultra.serve.limits import ApiError, Limits
 from ultra.serve.security import ApiKeys, digest_key
 
 LIMITS = Limits(models={"m": ""}, max_frames=3, max_image_mib=1)

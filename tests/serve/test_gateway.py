@@ -12,9 +12,10 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tests.serve.questions import FRAMES, ask_user
-from ultra.serve.api import ApiError, Delta, Event, Limits, Opening, Question, Ticket
 from ultra.serve.endpoint import create_app
+from ultra.serve.events import Delta, Event, Opening, Question, Ticket
 from ultra.serve.gateway import MAX_ATTEMPTS, Gateway, middlewares, read_ticket, write_ticket
+from ultra.serve.limits import ApiError, Limits
 from ultra.serve.security import ApiKeys
 
 CHAT = "/v1/chat/completions"

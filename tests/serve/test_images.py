@@ -17,9 +17,9 @@ from tests.serve.questions import FRAMES, encode_image, encode_pixels
 from ultra.data.frames import decode_frame
 from ultra.model.pictures import decode
 from ultra.serve import dicom
-from ultra.serve.api import ApiError, Limits
 from ultra.serve.dicom import open_dicom
 from ultra.serve.images import open_images
+from ultra.serve.limits import ApiError, Limits
 
 LIMITS = Limits(max_frames=4, max_image_mib=1, max_image_pixels=40_000, max_dicom_mib=2)
 PIXELS = np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8)

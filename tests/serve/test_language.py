@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.serve.questions import FRAMES, count_modules, without
 from ultra.model import checkpoint
 from ultra.model.encoders import VisionEncoder
-from ultra.serve.api import Delta, Opening, Question, Refusal, Ticket
+from ultra.serve.events import Delta, Opening, Question, Refusal, Ticket
 from ultra.serve.language import Language, TextStream
 from ultra.types import Turn
 
@@ -94,6 +94,27 @@ def test_answers_with_and_without_stop_strings(random_checkpoint) -> None:
         language.stop()
 
 
+def test_a_probe_takes_a_token_from_the_engine_unless_one_just_came(random_checkpoint) -> None:
+    language = Language(random_checkpoint, max_new_tokens=5)
+    passes = []
+    add = language._generator._add
+    language._generator._add = lambda *args, **options: (passes.append(args), add(*args, **options))
+
+    async def probe_twice() -> None:
+        await language.probe()
+        await language.probe()
+
+    try:
+        asyncio.run(probe_twice())
+        assert len(passes) == 1
+        language._heard_at -= 100
+        language._generator._manager._generation_step = None  # the engine dies of it
+        with pytest.raises(RuntimeError):
+            asyncio.run(language.probe())
+    finally:
+        language.stop()
+
+
 @pytest.mark.parametrize("fields", [{}, {"temperature": 1.2, "seed": 5}, {"temperature": 1.2}])
 def test_an_answer_goes_on_from_wherever_it_broke_off(random_checkpoint, fields) -> None:
     (visual,) = checkpoint.load_visual(random_checkpoint).look([FRAMES])
@@ -137,7 +158,7 @@ def test_a_stop_string_ends_the_request_before_it_is_told(random_checkpoint) -> 
             while getattr(event := await anext(answer), "finish_reason", None) is None:
                 pass
             assert event.finish_reason == "stop"
-            assert language.num_running == 0  # and nobody has asked for the end yet
+            assert language.stats["answers"] == 0  # and nobody has asked for the end yet
             await until_idle(language)
 
     try:

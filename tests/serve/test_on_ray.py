@@ -302,17 +302,21 @@ def test_clients_that_leave_cancel_their_answers(address, client) -> None:
     from ray import serve
 
     language = serve.get_deployment_handle("LanguageReplica", "ultra")
-    assert language.num_running.remote().result() == 0
+    stats = language.stats.remote().result()
+    assert (stats["answers"], stats["prefill_tokens"]) == (0, 0)
     before = count_answered(address)
     streams = [ask(client, stream=True, max_tokens=200) for _ in range(16)]
     for stream in streams:
         next(stream)
         stream.close()
     deadline = time.monotonic() + 30
-    while language.num_running.remote().result() and time.monotonic() < deadline:
+    while language.stats.remote().result()["answers"] and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert language.num_running.remote().result() == 0
-    assert count_answered(address) - before < len(streams)
+    after = language.stats.remote().result()
+    assert (after["answers"], after["prefill_tokens"]) == (0, 0)
+    num_answered = count_answered(address) - before
+    assert num_answered < len(streams)
+    assert after["cancelled"] - stats["cancelled"] >= len(streams) - num_answered
 
 
 def test_no_log_of_the_cluster_holds_what_was_asked_or_answered(client) -> None:
@@ -336,7 +340,7 @@ def test_no_log_of_the_cluster_holds_what_was_asked_or_answered(client) -> None:
 
 def test_a_dead_engine_is_a_lost_replica_and_unhealthy(random_checkpoint, monkeypatch) -> None:
     from ultra.serve import on_ray
-    from ultra.serve.api import Question, Seen
+    from ultra.serve.events import Question, Seen
 
     args = on_ray.ServeArgs(models={"m": random_checkpoint})
     replica = on_ray.LanguageReplica.func_or_class(args, random_checkpoint)

@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 
 from tests.serve.questions import FRAMES, ask_user
 from tests.serve.test_endpoint import ANSWER, CHAT, Script, connect, question
-from ultra.serve.api import ApiError, Limits
 from ultra.serve.endpoint import create_app
+from ultra.serve.limits import ApiError, Limits
 from ultra.serve.security import ApiKeys, digest_key
 
 KEY = "key"

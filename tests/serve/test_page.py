@@ -23,8 +23,9 @@ from starlette.testclient import TestClient
 
 from tests.conftest import free_port
 from tests.serve.questions import FRAMES, encode_image
-from ultra.serve.api import Delta, Event, Limits, Opening, Question
 from ultra.serve.endpoint import create_app
+from ultra.serve.events import Delta, Event, Opening, Question
+from ultra.serve.limits import Limits
 from ultra.serve.page import FILES
 from ultra.serve.security import ApiKeys, digest_key
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from ultra.serve import resume
-from ultra.serve.api import ApiError, Delta, Event, Opening, Question, Refusal, Ticket
+from ultra.serve.events import Delta, Event, Opening, Question, Refusal, Ticket
+from ultra.serve.limits import ApiError
 from ultra.serve.resume import answer_through
 from ultra.types import Turn
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ultra.serve.api import too_busy
+from ultra.serve.limits import too_busy
 
 
 class Admission:

@@ -8,18 +8,17 @@ score, how many frames nearly repeat the one before, and the replicas that serve
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ultra.config import Positive, Section
 from ultra.data.prompts import encode_prompt
-from ultra.types import Role, Turn, VisualTokens
+from ultra.serve.events import Delta, Opening, Question
+from ultra.serve.limits import ApiError, Limits
+from ultra.types import Role, Turn
 
 MAX_TEXT = 65_536
 """Characters of a conversation; far more than any context holds."""
@@ -29,84 +28,6 @@ REFUSED = (
     "prediction", "presence_penalty", "tools", "top_logprobs", "web_search_options",
 )  # fmt: skip
 """Fields that would change the answer and are not understood; the others are ignored."""
-
-
-RETRY_AFTER_S = 5.0
-"""When a refused request may come again; most answers take less."""
-
-
-class ApiError(ValueError):
-    """A request that is not answered, in the form OpenAI's clients read."""
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after_s: float | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-        self.retry_after_s = retry_after_s
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Those of the response beside the usual ones."""
-        if self.retry_after_s is None:
-            return {}
-        return {"Retry-After": f"{self.retry_after_s:.0f}"}
-
-    def body(self) -> dict[str, Any]:
-        """Return the response's JSON."""
-        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-        kind = kinds.get(
-            self.status, "invalid_request_error" if self.status < 500 else "server_error"
-        )
-        return {
-            "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        }
-
-
-def too_busy() -> ApiError:
-    """Return the refusal of a request that may come again soon."""
-    return ApiError("too many requests, try again soon", status=429, retry_after_s=RETRY_AFTER_S)
-
-
-class Limits(Section):
-    """What a request may ask for."""
-
-    models: Annotated[dict[str, str], Field(min_length=1, default_factory=lambda: {"ultra": ""})]
-    """Name of a model -> its checkpoint; the page asks the first."""
-    max_open_questions: Positive = 96
-    """Questions in work in one ingress; those beyond are refused unread."""
-    max_frames: Annotated[int, Field(ge=1, le=64)] = 16
-    """Frames of one request."""
-    max_image_mib: Positive = 8
-    """Size of one encoded frame."""
-    max_image_pixels: Positive = 25_000_000
-    """Pixels of one frame, checked before it is decoded."""
-    max_dicom_mib: Positive = 128
-    """Size of a DICOM file that frames are taken from."""
-    body_timeout_s: Positive = 30
-    """Seconds in which a request must have come whole."""
-    allowed_image_hosts: tuple[str, ...] = ()
-    """Hosts that images are fetched from; see fetch.Fetcher. None: data URLs only."""
-    allowed_image_networks: tuple[str, ...] = ()
-    """Networks of them that are not public."""
-    max_new_tokens: Positive = 256
-    """Longest answer, and the one a request gets that does not say."""
-
-    @property
-    def max_body_bytes(self) -> int:
-        """Bytes of a whole request: every frame at its largest, in base64, and the text.
-
-        Frames of earlier messages, which come again with the conversation, count as well.
-        """
-        return self.max_frames * self.max_image_mib * 2**20 * 4 // 3 + 2**20
 
 
 def describe_models(limits: Limits) -> list[dict[str, Any]]:
@@ -195,115 +116,6 @@ class ChatRequest(_Open):
     response_format: ResponseFormat | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """What stays the same when another replica goes on with a request.
-
-    Attributes:
-        id: names the request; of hexadecimal digits.
-        created: unix time of its arrival, which its deadline counts from.
-        begun: token ids of an answer whose text the client has already been sent; None before it
-            has been sent anything.
-    """
-
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: float = field(default_factory=time.time)
-    begun: tuple[int, ...] | None = None
-
-    @property
-    def seed(self) -> int:
-        """A seed for a request that brings none."""
-        return int(self.id[:15], 16)
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A checked request.
-
-    The default is the likeliest answer, the same each time: whoever asks about an exam again must
-    not read something else.
-
-    Attributes:
-        frames: those of the last turn that has any.
-        num_near_duplicates: how many of them `prepare` would drop as repeats of the one before.
-    """
-
-    turns: tuple[Turn, ...]
-    frames: tuple[bytes, ...]
-    max_new_tokens: int | None
-    stop: tuple[str, ...] = ()
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    num_near_duplicates: int = 0
-    stream: bool = False
-    include_usage: bool = False
-    model: str = ""
-    ticket: Ticket = field(default_factory=Ticket)
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What an encoder hands to the language model.
-
-    Attributes:
-        num_cached: frames that it remembered.
-        replica: its name.
-    """
-
-    visual: VisualTokens
-    num_cached: int
-    replica: str
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """The first thing an answer says: which frame was chosen, and how long the prompt is.
-
-    Attributes:
-        replicas: part of the endpoint -> the name of the one that served; None where none has one.
-        num_cached_frames: frames that the encoder had seen before.
-    """
-
-    chosen: int
-    scores_K: tuple[float, ...]
-    num_prompt_tokens: int
-    replicas: Mapping[str, str] | None = None
-    num_cached_frames: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """More of an answer.
-
-    Attributes:
-        text: what has become certain.
-        token_ids: those read since the last delta; a replica that is told them goes on from here.
-        num_tokens: all of the answer so far.
-        finish_reason: that of the last delta.
-        num_cached_tokens: tokens of the prompt that the engine remembered; of the last delta.
-    """
-
-    text: str
-    num_tokens: int
-    finish_reason: Literal["stop", "length"] | None = None
-    token_ids: tuple[int, ...] = ()
-    num_cached_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Instead of an answer: why the language model cannot take the question.
-
-    Attributes:
-        busy: whether it can later.
-    """
-
-    message: str
-    busy: bool = False
-
-
-Event = Opening | Delta | Refusal
 OpenImages = Callable[[Sequence[str], Limits], tuple[tuple[bytes, ...], int]]
 
 

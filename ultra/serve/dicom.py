@@ -13,7 +13,7 @@ from typing import Any
 from ultra.config import DataConfig
 from ultra.data.dicom import is_dicom, read_dicom
 from ultra.data.frames import is_jpeg, sample_evenly
-from ultra.serve.api import ApiError, Limits, too_busy
+from ultra.serve.limits import ApiError, Limits, too_busy
 
 MAX_TOTAL_PIXELS = 500_000_000
 """Of a whole cine: 20 to 30 s of one core, which nobody can cancel."""

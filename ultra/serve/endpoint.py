@@ -21,22 +21,12 @@ from starlette.exceptions import HTTPException
 
 from ultra.serve import openapi
 from ultra.serve.admission import Admission
-from ultra.serve.api import (
-    ApiError,
-    Delta,
-    Event,
-    Limits,
-    Opening,
-    Question,
-    Refusal,
-    Reply,
-    describe_models,
-    parse_chat,
-    too_busy,
-)
+from ultra.serve.api import Reply, describe_models, parse_chat
 from ultra.serve.dicom import open_dicom
+from ultra.serve.events import Delta, Event, Opening, Question, Refusal
 from ultra.serve.gateway import END, mark_tokens, read_ticket
 from ultra.serve.images import open_images
+from ultra.serve.limits import ApiError, Limits, too_busy
 from ultra.serve.metrics import Metrics
 from ultra.serve.page import create_page
 from ultra.serve.security import ApiKeys

@@ -20,7 +20,8 @@ from uuid import UUID
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ultra.serve.api import ApiError, Ticket
+from ultra.serve.events import Ticket
+from ultra.serve.limits import ApiError
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from ultra.config import DataConfig
 from ultra.data.dicom import is_dicom
 from ultra.data.frames import decode_frame, drop_duplicates, encode_frame, is_jpeg, thumbnail
-from ultra.serve.api import ApiError, Limits
 from ultra.serve.dicom import read_frames
 from ultra.serve.fetch import Fetcher
+from ultra.serve.limits import ApiError, Limits
 from ultra.serve.security import decode_data_url
 
 FORMATS = ("JPEG", "PNG", "WEBP")

@@ -5,14 +5,20 @@ It loads no weight of the vision side.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+
+import numpy as np
 
 from ultra.data.prompts import Tokenizer, encode_prompt
 from ultra.model import checkpoint
 from ultra.model.generation import Busy, Generator, Request
-from ultra.serve.api import Delta, Event, Opening, Question, Refusal
+from ultra.serve.events import Delta, Event, Opening, Question, Refusal
 from ultra.types import VisualTokens
+
+PROBE_AFTER_S = 10.0
+"""A token within this time shows as well that the engine works."""
 
 
 class Language:
@@ -31,6 +37,8 @@ class Language:
         self._tokenizer: Tokenizer = branch.tokenizer
         self._control_tokens: list[str] = branch.tokenizer.all_special_tokens
         self._max_new_tokens = max_new_tokens
+        self._width = branch.width
+        self._heard_at = -PROBE_AFTER_S  # when the engine last gave a token
         self._generator = Generator(
             branch,
             tokens_per_frame=config.tokens_per_frame,
@@ -44,19 +52,27 @@ class Language:
         return self._generator.alive
 
     @property
-    def num_running(self) -> int:
-        """Answers under way."""
-        return self._generator.num_running
+    def stats(self) -> dict[str, int]:
+        """Answers under way, tokens of prompts that wait to be read, and answers cut off so far."""
+        return {
+            "answers": self._generator.num_running,
+            "prefill_tokens": self._generator.num_prefill_tokens,
+            "cancelled": self._generator.num_cancelled,
+        }
 
-    @property
-    def num_prefill_tokens(self) -> int:
-        """Tokens of prompts that wait to be read."""
-        return self._generator.num_prefill_tokens
+    async def probe(self) -> None:
+        """Return once the engine has shown that it works, by a token if none came of late.
 
-    @property
-    def num_cancelled(self) -> int:
-        """Answers so far that were not read to their end."""
-        return self._generator.num_cancelled
+        Raises:
+            Busy: when it has no room for a question.
+            RuntimeError: when it has died.
+        """
+        if time.monotonic() - self._heard_at > PROBE_AFTER_S:
+            no_frame_VD = np.zeros((0, self._width), np.float32)
+            request = Request([self._tokenizer.eos_token_id], no_frame_VD, "", 1)
+            async with aclosing(self._generator.stream(request)) as stream:
+                async for _ in stream:
+                    self._heard_at = time.monotonic()
 
     def stop(self) -> None:
         """End the engine; what it still answers fails."""
@@ -92,6 +108,7 @@ class Language:
         async with aclosing(stream):
             yield Opening(visual.chosen, visual.scores_K, len(request.prompt_ids))
             async for new_ids in stream:
+                self._heard_at = time.monotonic()
                 piece = text.add(new_ids)
                 if text.stopped:
                     break

@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client import generate_latest as render_metrics
 from starlette.responses import Response
 
-from ultra.serve.api import Delta, Event, Opening
+from ultra.serve.events import Delta, Event, Opening
 
 
 class Metrics:

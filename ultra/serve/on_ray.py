@@ -22,11 +22,13 @@ from ray.serve import Application
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.util.metrics import Gauge
 
 from ultra.config import Positive
 from ultra.data.schema import content_digest
-from ultra.serve.api import RETRY_AFTER_S, Event, Limits, Opening, Question, Refusal, Seen
 from ultra.serve.endpoint import create_app
+from ultra.serve.events import Event, Opening, Question, Refusal, Seen
+from ultra.serve.limits import RETRY_AFTER_S, Limits
 from ultra.serve.resume import answer_through
 from ultra.serve.security import load_keys
 
@@ -72,6 +74,7 @@ class EncoderReplica:
     def __init__(self, args: ServeArgs, checkpoint: str) -> None:
         from ultra.serve.encoder import Encoder  # here, so that the ingress needs no torch
 
+        self._gauge = _make_gauge("ultra_encoder_replica")
         self._encoder = Encoder(checkpoint, args.encoder_device, args.encoder_cache_mib)
 
     async def look(self, frames: Sequence[bytes]) -> Seen:
@@ -103,7 +106,8 @@ class EncoderReplica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what ScaleBySignals goes by."""
-        return {"queued_frames": self._encoder.num_queued}
+        stats = {**self._encoder.stats, "queued_frames": self._encoder.num_queued}
+        return _show(self._gauge, stats)
 
 
 @serve.deployment(max_ongoing_requests=32, max_queued_requests=64, request_router_config=BY_SESSION)
@@ -113,6 +117,7 @@ class LanguageReplica:
     def __init__(self, args: ServeArgs, checkpoint: str) -> None:
         from ultra.serve.language import Language
 
+        self._gauge = _make_gauge("ultra_language_replica")
         self._language = Language(
             checkpoint, args.max_new_tokens, args.language_device, args.max_prefill_tokens
         )
@@ -134,19 +139,17 @@ class LanguageReplica:
             raise EngineDied from error
 
     async def ready(self) -> bool:
-        """Return whether the engine runs."""
-        return self._language.alive
+        """Return True once the engine has given a token."""
+        await self._language.probe()
+        return True
 
-    async def num_running(self) -> int:
-        """Return the answers under way."""
-        return self._language.num_running
+    async def stats(self) -> dict[str, int]:
+        """Return what the replica does and did; see Language.stats."""
+        return self._language.stats
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what ScaleBySignals goes by."""
-        return {
-            "answers": self._language.num_running,
-            "prefill_tokens": self._language.num_prefill_tokens,
-        }
+        return _show(self._gauge, self._language.stats)
 
     def check_health(self) -> None:
         """Raise when the engine has died, so that Serve replaces this replica."""
@@ -209,6 +212,17 @@ class Ingress:
             return all(await asyncio.wait_for(asyncio.gather(*probes), PROBE_TIMEOUT_S))
         except Exception:  # dead, starting or too busy: each of them is not ready
             return False
+
+
+def _make_gauge(name: str) -> Gauge:
+    return Gauge(name, "What a replica does and did, by name.", ("what",))
+
+
+def _show(gauge: Gauge, stats: Mapping[str, float]) -> dict[str, float]:
+    """Return the same, told to Prometheus through Ray as well."""
+    for name, value in stats.items():
+        gauge.set(value, {"what": name})
+    return dict(stats)
 
 
 def _own_name() -> str:

@@ -14,7 +14,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
-from ultra.serve.api import ApiError, Delta, Event, Opening, Question
+from ultra.serve.events import Delta, Event, Opening, Question
+from ultra.serve.limits import ApiError
 
 logger = logging.getLogger(__name__)
 
