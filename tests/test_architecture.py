@@ -110,7 +110,7 @@ def test_the_cluster_s_validation_can_fail() -> None:
 def test_the_serve_config_fits_its_schema_and_the_application() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from ultra.serve.on_ray import ServeArgs
+    from ultra.serve.limits import ServeArgs
 
     schema = ServeDeploySchema.model_validate(read_yaml("serve_config.yaml"))
     (application,) = schema.applications

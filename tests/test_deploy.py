@@ -22,7 +22,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from ultra.cli import config_from_args
 from ultra.serve import gateway
-from ultra.serve.on_ray import ServeArgs
+from ultra.serve.limits import ServeArgs
 
 ROOT = Path(__file__).resolve().parent.parent
 KUBERNETES = "1.37"

@@ -371,7 +371,7 @@ def test_the_ingress_needs_no_torch() -> None:
 def test_serve_config() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from ultra.serve.on_ray import ServeArgs
+    from ultra.serve.limits import ServeArgs
 
     raw = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     schema = ServeDeploySchema.model_validate(raw)

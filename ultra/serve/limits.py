@@ -84,3 +84,22 @@ class Limits(Section):
         Frames of earlier messages, which come again with the conversation, count as well.
         """
         return self.max_frames * self.max_image_mib * 2**20 * 4 // 3 + 2**20
+
+
+class ServeArgs(Limits):
+    """What serve_config.yaml says about the application.
+
+    Checkpoints are local paths or s3:// addresses, readable from every node.
+    """
+
+    deadline_s: Positive = 120
+    """Seconds from a request's arrival to the end of its answer."""
+    api_keys_file: str = ""
+    """A file on the ingress's node; see security.load_keys."""
+    encoder_cache_mib: Annotated[int, Field(ge=0)] = 1024
+    """What one encoder replica remembers of frames."""
+    max_prefill_tokens: Positive | None = None
+    """Tokens of prompts that may wait in one language replica; None: 16 or more longest ones."""
+    encoder_device: str = "cpu"
+    """`cuda` where the deployment's ray_actor_options give it a GPU."""
+    language_device: str = "cpu"

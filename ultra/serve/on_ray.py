@@ -12,10 +12,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import FastAPI
-from pydantic import Field
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, WorkerCrashedError
 from ray.serve import Application
@@ -24,11 +23,10 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Gauge
 
-from ultra.config import Positive
 from ultra.data.schema import content_digest
 from ultra.serve.endpoint import create_app
 from ultra.serve.events import Event, Opening, Question, Refusal, Seen
-from ultra.serve.limits import RETRY_AFTER_S, Limits
+from ultra.serve.limits import RETRY_AFTER_S, ServeArgs
 from ultra.serve.resume import answer_through
 from ultra.serve.security import load_keys
 
@@ -46,25 +44,6 @@ BY_SESSION = {
     "request_router_class": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 }
 """Leads what is asked about an exam to the replicas that remember it."""
-
-
-class ServeArgs(Limits):
-    """What serve_config.yaml says about the application.
-
-    Checkpoints are local paths or s3:// addresses, readable from every node.
-    """
-
-    deadline_s: Positive = 120
-    """Seconds from a request's arrival to the end of its answer."""
-    api_keys_file: str = ""
-    """A file on the ingress's node; see security.load_keys."""
-    encoder_cache_mib: Annotated[int, Field(ge=0)] = 1024
-    """What one encoder replica remembers of frames."""
-    max_prefill_tokens: Positive | None = None
-    """Tokens of prompts that may wait in one language replica; None: 16 or more longest ones."""
-    encoder_device: str = "cpu"
-    """`cuda` where the deployment's ray_actor_options give it a GPU."""
-    language_device: str = "cpu"
 
 
 @serve.deployment(max_ongoing_requests=64, max_queued_requests=64, request_router_config=BY_SESSION)
