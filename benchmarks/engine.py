@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ class Plan:
         delays_s: when it is asked, after the long ones.
     """
 
-    width: int = 256
-    layers: int = 6
+    width: int = 512
+    layers: int = 8
     max_length: int = 1536
     levels: tuple[int, ...] = (1, 4, 8, 16, 32)
     repeats: int = 5
@@ -81,9 +81,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--weights", type=Path, help="default: a random LLaMA made here")
+    parser.add_argument("--levels", type=int, nargs="+", help="default: 1 4 8 16 32")
+    parser.add_argument("--repeats", type=int, help="default: 5")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args(argv)
     plan = QUICK if args.quick else Plan()
+    plan = replace(
+        plan,
+        levels=tuple(args.levels or plan.levels),
+        repeats=args.repeats or plan.repeats,
+    )
     with tempfile.TemporaryDirectory() as folder:
         weights = args.weights or make_weights(Path(folder), plan)
         result = measure(weights, plan)
@@ -91,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         print(json.dumps(result))
     else:
-        write_result("engine", result, headline(result))
+        write_result("engine-smollm2" if args.weights else "engine", result, headline(result))
 
 
 def make_weights(folder: Path, plan: Plan) -> Path:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ultra.model.attention import by_request
 from ultra.model.language import LanguageBranch
 from ultra.model.sampling import make_processors
 from ultra.model.scheduling import shortest_first
@@ -181,6 +182,8 @@ class Generator:
         text = base.get_input_embeddings()
         self._table = VisualTable(text, self._num_slots, self._tokens_per_frame)
         base.set_input_embeddings(self._table)
+        self._own_attention = base.config._attn_implementation
+        base.set_attn_implementation(by_request())
         # A fresh config: the model's own may ask for sampling or penalties.
         greedy: Any = GenerationConfig
         self._manager = base.init_continuous_batching(
@@ -210,6 +213,7 @@ class Generator:
         self._manager.destroy()
         self._manager = None
         self._language.base.set_input_embeddings(self._table.text)
+        self._language.base.set_attn_implementation(self._own_attention)
         self._running.clear()
         self._cancelled.clear()
         self._unread.clear()
