@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan,
         levels=tuple(args.levels or plan.levels),
         repeats=args.repeats or plan.repeats,
+        behind=() if args.weights else plan.behind,  # takes too long with real weights
     )
     with tempfile.TemporaryDirectory() as folder:
         weights = args.weights or make_weights(Path(folder), plan)
@@ -98,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         print(json.dumps(result))
     else:
-        write_result("engine-smollm2" if args.weights else "engine", result, headline(result))
+        name = f"engine-{args.weights.stem}".lower() if args.weights else "engine"
+        write_result(name, result, headline(result))
 
 
 def make_weights(folder: Path, plan: Plan) -> Path:

@@ -298,10 +298,15 @@ def percentiles(values: Sequence[float], digits: int = 4) -> dict[str, float]:
     return {f"p{p}": round(float(np.percentile(values, p)), digits) for p in (50, 99)}
 
 
+def _arguments() -> list[str]:
+    """Return those of the command, files by their names alone."""
+    return [Path(argument).name for argument in sys.argv[1:]]
+
+
 def write_result(name: str, result: Mapping[str, Any], headline: Mapping[str, Any]) -> None:
     """Keep a result in benchmarks/results and print the one line that matters."""
     whole = {
-        "command": " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]]),
+        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *_arguments()]),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {package: version(package) for package in PACKAGES},
         "python": platform.python_version(),
