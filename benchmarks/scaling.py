@@ -24,6 +24,9 @@ import httpx
 from benchmarks.stand import Stand, ask, make_checkpoint, make_question, serving, write_result
 
 PUSH_S = "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"
+MORE_S = 15.0
+"""Under load after a replica was added, to see that the other part stays as it is."""
+
 TARGETS = {
     "EncoderReplica": {"queued_frames": 48},
     "LanguageReplica": {"answers": 8, "prefill_tokens": 4096},
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=75, help="of load, each; at most")
+    parser.add_argument("--seconds", type=float, default=240, help="of load, each; at most")
     args = parser.parse_args(argv)
     os.environ[PUSH_S] = "1"
     parts = {}
@@ -98,12 +101,15 @@ async def watch(
                 statuses.append(reply.error or reply.status)
 
         async def look() -> None:
+            nonlocal end
             start = time.monotonic()
             while time.monotonic() < end:
                 replicas = await asyncio.to_thread(stand.replicas)
                 counts = {name: len(names) for name, names in replicas.items()}
                 if not seen or seen[-1]["replicas"] != counts:
                     seen.append({"s": round(time.monotonic() - start, 1), "replicas": counts})
+                    if any(counts.get(name, 0) > 1 for name in TARGETS):
+                        end = min(end, time.monotonic() + MORE_S)
                 await asyncio.sleep(1)
 
         await asyncio.gather(look(), *(keep_asking() for _ in range(concurrency)))
