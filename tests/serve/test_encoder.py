@@ -294,8 +294,8 @@ def test_what_comes_during_a_forward_pass_shares_the_next_one(replica, random_ch
     seen = [response.result() for response in responses]
     new, num_passes, largest = count_new(replica, before)
     assert new == {"encoded": 18, "cached": 0, "shared": 0, "dropped": 0}
-    assert num_passes <= 4
-    assert largest >= 10
+    assert num_passes <= 6  # 11, were they not gathered
+    assert largest >= 6
     for s, expected in zip(seen, expect(random_checkpoint, *groups), strict=True):
         check_same(s.visual, expected)
     assert {s.replica for s in seen} == {seen[0].replica} != {""}
