@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import replace
 
 import pytest
 
@@ -16,7 +15,11 @@ from ultra.serve.resume import answer_through
 from ultra.types import Turn
 
 TOKENS = (7, 11, 13, 17)
-QUESTION = Question((Turn("user", "?"),), (b"",), None)
+
+
+def make_question(**ticket) -> Question:
+    """A question that comes now, for its deadline counts from then."""
+    return Question((Turn("user", "?"),), (b"",), None, ticket=Ticket(**ticket))
 
 
 class Gone(Exception):
@@ -57,9 +60,10 @@ def _no_pause(monkeypatch) -> None:
     monkeypatch.setattr(resume, "PAUSE_S", 0.0)
 
 
-def read(ask, question: Question = QUESTION, deadline_s: float = 30) -> list[Event]:
+def read(ask, question: Question | None = None, deadline_s: float = 30) -> list[Event]:
     async def collect() -> list[Event]:
-        return [e async for e in answer_through(ask, question, (Gone,), deadline_s)]
+        asked = question or make_question()
+        return [e async for e in answer_through(ask, asked, (Gone,), deadline_s)]
 
     return asyncio.run(collect())
 
@@ -86,8 +90,7 @@ def test_an_answer_is_told_once_however_often_replicas_die(lives, asked) -> None
 
 def test_what_another_ingress_has_told_is_not_told_again() -> None:
     replicas = Replicas()
-    begun = replace(QUESTION, ticket=Ticket(begun=(7, 11)))
-    assert read(replicas, begun) == [UNDISTURBED[0], *UNDISTURBED[3:]]
+    assert read(replicas, make_question(begun=(7, 11))) == [UNDISTURBED[0], *UNDISTURBED[3:]]
 
 
 def test_another_error_is_no_lost_replica() -> None:
@@ -126,7 +129,7 @@ def test_a_deadline_counts_from_the_arrival() -> None:
         finally:
             closed.append(True)
 
-    late = replace(QUESTION, ticket=Ticket(created=time.time() - 9.8))
+    late = make_question(created=time.time() - 9.8)
     with pytest.raises(ApiError, match="no complete answer within 10 s") as raised:
         read(ask, late, deadline_s=10)
     assert raised.value.status == 504
