@@ -26,7 +26,8 @@ from ray.serve.handle import DeploymentHandle
 
 from benchmarks.stand import make_checkpoint, make_frames, spread, write_result
 from ultra.serve.events import Seen
-from ultra.serve.on_ray import EncoderReplica, ServeArgs
+from ultra.serve.limits import ServeArgs
+from ultra.serve.on_ray import EncoderReplica
 from ultra.types import VisualTokens
 
 NUM_REQUESTS = 16

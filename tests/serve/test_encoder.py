@@ -253,7 +253,8 @@ class Slow(torch.nn.Module):
 def replica(ray_cluster, random_checkpoint) -> Iterator[Any]:
     from ray import serve
 
-    from ultra.serve.on_ray import EncoderReplica, ServeArgs
+    from ultra.serve.limits import ServeArgs
+    from ultra.serve.on_ray import EncoderReplica
 
     class SlowReplica(EncoderReplica.func_or_class):
         def __init__(self) -> None:
