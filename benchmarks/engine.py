@@ -30,11 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.stand import percentiles, spread, write_result
-from ray_jobs.demo import PROJECT
+from benchmarks.stand import make_language, percentiles, spread, write_result
 from ultra.config import LanguageConfig
 from ultra.model.generation import Generator, Request
-from ultra.model.language import LanguageBranch, load_tokenizer
+from ultra.model.language import LanguageBranch
 from ultra.model.splice import splice
 from ultra.types import VISUAL
 
@@ -93,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         behind=() if args.weights else plan.behind,  # takes too long with real weights
     )
     with tempfile.TemporaryDirectory() as folder:
-        weights = args.weights or make_weights(Path(folder), plan)
+        weights = args.weights or make_language(Path(folder), plan.width, plan.layers)
         result = measure(weights, plan)
     result["weights"] = str(args.weights.name if args.weights else "random LLaMA")
     if args.quick:
@@ -101,31 +100,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         name = f"engine-{args.weights.stem}".lower() if args.weights else "engine"
         write_result(name, result, headline(result))
-
-
-def make_weights(folder: Path, plan: Plan) -> Path:
-    """Write a random LLaMA, float32, whose answers never end by themselves."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(PROJECT / "ultra" / "presets" / "tiny" / "language")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=plan.width,
-        intermediate_size=3 * plan.width,
-        num_hidden_layers=plan.layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.08,
-    )
-    model = LlamaForCausalLM(config)
-    torch.nn.init.zeros_(model.lm_head.weight[tokenizer.eos_token_id])
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def measure(weights: Path, plan: Plan) -> dict[str, Any]:

@@ -40,8 +40,8 @@ QUESTIONS = ("病变是什么？", "病变的大小是多少？", "边界清晰�
 REPLICAS = ("Ingress", "EncoderReplica", "LanguageReplica")
 
 
-def make_checkpoint(folder: Path, *, width: int = 256, layers: int = 6) -> str:
-    """Write a checkpoint of the tiny encoders and a random LLaMA, and return its address.
+def make_language(folder: Path, width: int, layers: int) -> Path:
+    """Write a random LLaMA, float32, with the tiny tokenizer, and return its folder.
 
     What it says is noise, and never ends by itself: the end token cannot win.
     """
@@ -63,9 +63,15 @@ def make_checkpoint(folder: Path, *, width: int = 256, layers: int = 6) -> str:
     )
     model = LlamaForCausalLM(config)
     torch.nn.init.zeros_(model.lm_head.weight[tokenizer.eos_token_id])
-    model.save_pretrained(folder / "language")
-    tokenizer.save_pretrained(folder / "language")
-    settings = [f"model.language.weights={folder / 'language'}", "model.language.max_length=1536"]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_checkpoint(folder: Path, *, width: int = 256, layers: int = 6) -> str:
+    """Write a checkpoint of the tiny encoders and a random LLaMA, and return its address."""
+    language = make_language(folder / "language", width, layers)
+    settings = [f"model.language.weights={language}", "model.language.max_length=1536"]
     tree = load("tiny", [f"root={folder}", *settings])
     whole = LlavaUltra(tree.model, LanguageBranch(tree.model.language))
     weights = {

@@ -198,6 +198,7 @@ def ray_head(log: Path) -> Iterator[dict[str, str]]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 are few on a small machine
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ultra.serve.gateway:middlewares",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # it ends when its jobs have
     }

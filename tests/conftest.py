@@ -71,6 +71,7 @@ def ray_cluster(s3_environment: dict[str, str]) -> Iterator[None]:
 
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # 5 are few on a busy machine
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "ultra.serve.gateway:middlewares"
     ray.init(
         address="local",

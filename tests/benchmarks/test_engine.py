@@ -15,7 +15,7 @@ from ultra.types import VISUAL
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    return engine.make_weights(tmp_path_factory.mktemp("weights"), QUICK)
+    return engine.make_language(tmp_path_factory.mktemp("weights"), QUICK.width, QUICK.layers)
 
 
 @pytest.fixture(scope="module")

@@ -287,6 +287,8 @@ def test_nothing_follows_an_answer_that_has_ended(generator) -> None:
     assert generator.num_prefill_tokens == 0
     with pytest.raises(ValueError, match="token ids must lie between"):
         generator.stream(replace(ended, begun=(10_000,)))
+    with pytest.raises(ValueError, match="21 tokens of an answer of at most 20"):
+        generator.stream(replace(ended, begun=(5,) * 21))
 
 
 def test_how_much_of_a_prompt_is_remembered(language) -> None:

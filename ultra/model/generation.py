@@ -252,6 +252,10 @@ class Generator:
             )
         if not -(2**63) <= (request.seed or 0) < 2**63:
             raise ValueError("a seed has at most 64 bits, one of them for the sign")
+        if len(request.begun) > request.max_new_tokens:
+            raise ValueError(
+                f"{len(request.begun)} tokens of an answer of at most {request.max_new_tokens}"
+            )
         size = len(request.prompt_ids)
         if size + request.max_new_tokens > self.capacity:
             raise ValueError(

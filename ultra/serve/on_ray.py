@@ -169,7 +169,7 @@ class Ingress:
 
     async def _ask(self, question: Question) -> AsyncGenerator[Event, None]:
         encoder, language = self._models[question.model]
-        exam_key = content_digest(question.frames)
+        exam_key = await asyncio.to_thread(content_digest, question.frames)
         # The session leads a question about the same exam to the replicas that remember it.
         seen: Any = encoder.options(session_id=exam_key).look.remote(question.frames)
         asked = language.options(stream=True, session_id=exam_key)
