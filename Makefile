@@ -55,6 +55,6 @@ backbones: $(READY) ## train the shipped tiny backbones anew
 	$(RUN) -m ultra.train.tiny_backbones
 
 lock: $(READY) ## resolve the dependencies anew
-	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --no-emit-index-url --quiet --output-file requirements.lock
+	$(VENV)/bin/uv pip compile pyproject.toml --extra dev --extra ocr --no-emit-index-url --quiet --output-file requirements.lock
 
 .PHONY: help install browser demo serve test test-slow test-all lint format type check backbones lock
