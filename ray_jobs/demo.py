@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     real_overrides = _real_overrides(overrides, root)
     try:
         config, real_config = load("tiny", overrides), load("tiny", real_overrides)
-        source = write_real_exam(real_config.data.folder_uri)
+        source = write_real_exam(real_config.data.source_uri)
         with ThreadPoolExecutor(1) as beside, ray_head(logs / "ray.log") as environment:
             jobs = Jobs(logs, environment)
             jobs.add("ray", started)
@@ -165,8 +165,8 @@ def _real_overrides(overrides: Sequence[str], root: str) -> list[str]:
     real = f"{root}/real"
     return [
         *overrides,
-        "data.source=folder",
-        f"data.folder_uri={real}/folder",
+        "data.format=folder",
+        f"data.source_uri={real}/folder",
         f"data.exams_uri={real}/exams",
         f"data.quarantine_uri={real}/quarantine",
         f"data.audit_uri={real}/audit",

@@ -20,4 +20,4 @@ def main(config: PipelineConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_job(main, __doc__)
+    run_job(main, __doc__, flags={"--strict": "data.strict=true"})

@@ -370,12 +370,14 @@ def test_the_readme_names_targets_keys_and_files_that_exist() -> None:
         assert link.startswith("https://") or (ROOT / link).exists(), link
 
 
-def test_the_readme_s_exam_is_accepted() -> None:
-    from ultra.data.importers.folder import parse_line
+def test_the_readme_s_exam_is_accepted(tmp_path: Path) -> None:
+    from ultra.config import DataConfig
+    from ultra.data.importers.folder import list_exams
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^```json\n(.*?)\n```", text, flags=re.MULTILINE)
-    entry = parse_line(1, line)
+    (tmp_path / "exams.jsonl").write_text(line, encoding="utf-8")
+    (entry,) = list_exams(DataConfig(source_uri=str(tmp_path)))
     assert entry.reason == ""
     assert len(entry.frames) == 2
 

@@ -58,7 +58,7 @@ def test_a_job_that_prints_writes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--set", "data.seeed=1"], "data.seeed: unknown key; allowed: source, folder_uri, "),
+        (["--set", "data.seeed=1"], "data.seeed: unknown key; allowed: format, source_uri, "),
         (["--config", "tinny"], "unknown preset 'tinny'; known: "),
     ],
 )

@@ -190,7 +190,7 @@ def test_overrides_are_yaml_and_apply_in_order() -> None:
             "model.selection={strategy: first}",
             "evaluate.max_exams=null",
             "data.assume_deidentified=A. Name, 2026-11-22",
-            "data.folder_uri=s3://bucket/a=b",
+            "data.source_uri=s3://bucket/a=b",
             "tracking.uri=",
         ],
     )
@@ -203,7 +203,7 @@ def test_overrides_are_yaml_and_apply_in_order() -> None:
     assert config.model.selection.teacher_warmup_steps == 120  # the section was replaced whole
     assert config.evaluate.max_exams is None
     assert config.data.assume_deidentified == "A. Name, 2026-11-22"
-    assert config.data.folder_uri == "s3://bucket/a=b"
+    assert config.data.source_uri == "s3://bucket/a=b"
     assert config.tracking.uri == ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ultra.config import ConfigError, InputError, PipelineConfig, load, preset_names
@@ -15,12 +15,19 @@ def run_job(
     job: Callable[[PipelineConfig], None],
     description: str | None,
     argv: Sequence[str] | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> None:
     """Run a job with the configuration the command line names.
 
     What the user can put right ends the process with one line and status 2.
+
+    Args:
+        job: what to run.
+        description: of the job, for `--help`.
+        argv: the command line; None means the process's own.
+        flags: further options of the job, each short for one `--set`.
     """
-    config = config_from_args(description, argv)
+    config = config_from_args(description, argv, flags)
     try:
         job(config)
     except InputError as error:
@@ -32,7 +39,11 @@ def _fail(error: InputError) -> int:
     return 2
 
 
-def config_from_args(description: str | None, argv: Sequence[str] | None = None) -> PipelineConfig:
+def config_from_args(
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> PipelineConfig:
     """Return the configuration the command line names; exit after `--print` or a wrong value."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -51,6 +62,14 @@ def config_from_args(description: str | None, argv: Sequence[str] | None = None)
         dest="overrides",
         help="replace one value; may be given again",
     )
+    for flag, override in (flags or {}).items():
+        parser.add_argument(
+            flag,
+            action="append_const",
+            const=override,
+            dest="overrides",
+            help=f"short for --set {override}",
+        )
     parser.add_argument("--print", action="store_true", help="print the whole tree and stop")
     args = parser.parse_args(argv)
     try:

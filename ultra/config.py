@@ -32,7 +32,7 @@ class Section(BaseModel):
 
 
 class SimulatorConfig(Section):
-    """Exams of the simulator, for `data.source: simulator`."""
+    """Exams of the simulator, for `data.format: simulator`."""
 
     num_patients: Positive = 240
     max_exams_per_patient: Positive = 4
@@ -52,9 +52,18 @@ class SimulatorConfig(Section):
 class DataConfig(Section):
     """Where exams come from, where they go, and what is let in."""
 
-    source: Literal["simulator", "folder"] = "simulator"
-    folder_uri: str = ""
-    """The exam folder (`exams.jsonl` beside its frames), for `source: folder`."""
+    format: str = "simulator"
+    """simulator, folder, or a format of FORMATS in `ultra/data/importers/formats.py`."""
+    source_uri: str = ""
+    """The folder or the file of annotations that the format is read from."""
+    images_uri: str = ""
+    """Where relative paths of frames begin; empty means the folder of `source_uri`."""
+    encoding: str = "utf-8"
+    """Of text files; tables from Chinese Windows are often `gb18030`."""
+    stage: Literal["align", "instruct"] = "instruct"
+    """The stage that conversations of an imported set are for, where the set does not say."""
+    strict: bool = False
+    """Whether a missing image ends `prepare` with an error; else its exam goes to quarantine."""
     simulator: SimulatorConfig = SimulatorConfig()
     exams_uri: str = "{root}/exams"
     quarantine_uri: str = "{root}/quarantine"

@@ -6,6 +6,7 @@ Credentials and the endpoint of an S3 server come from the usual AWS_* variables
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import shutil
@@ -118,18 +119,31 @@ def read_bytes(uri: str, limit: int | None = None) -> bytes:
     return data
 
 
-def read_lines(uri: str) -> Iterator[str]:
-    """Yield a text file's lines, one at a time; a byte order mark is dropped."""
+def read_lines(uri: str, limit: int, *, keep_ends: bool = False) -> Iterator[bytes]:
+    """Yield a text file's lines, one at a time, without the byte order mark of UTF-8.
+
+    Args:
+        uri: the file.
+        limit: bytes of a line; of a longer one the first `limit` + 1 are given.
+        keep_ends: whether the line feeds stay.
+
+    Raises:
+        StorageError: when there is no such file.
+    """
     with open_read(uri) as file:
-        rest = b""
-        first = True
+        rest, first = b"", True
         while chunk := file.read(1 << 20):
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
-                yield line.decode("utf-8-sig" if first else "utf-8", errors="replace")
+                yield _line(line + b"\n" * keep_ends, limit, first)
                 first = False
+            rest = rest[: limit + 1]
         if rest:
-            yield rest.decode("utf-8-sig" if first else "utf-8", errors="replace")
+            yield _line(rest, limit, first)
+
+
+def _line(line: bytes, limit: int, first: bool) -> bytes:
+    return (line.removeprefix(codecs.BOM_UTF8) if first else line)[: limit + 1]
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -41,11 +41,21 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns about one exam, for one stage; `task` names what is asked, for per-task scores."""
+    """Turns about one exam, for one stage; `task` names what is asked, for per-task scores.
+
+    Attributes:
+        language: of its texts, `zh` or `en`.
+        closed: whether the set it comes from says that a few answers are possible (yes or no);
+            None where it says nothing.
+        question_id: how the set it comes from names the question, for answers given elsewhere.
+    """
 
     stage: Stage
     task: str
     turns: tuple[Turn, ...]
+    language: str = "zh"
+    closed: bool | None = None
+    question_id: str = ""
 
     @property
     def num_characters(self) -> int:
@@ -60,7 +70,9 @@ class FrameGroup:
     Attributes:
         frames: encoded JPEG or PNG, already de-identified.
         frame_sizes: (width, height) of each frame in pixels.
-        frame_sources: where each frame came from, e.g. `cine.dcm#12`.
+        frame_sources: where each frame came from: the place of its file in the exam's list,
+            counted from 1, with the frame's number in a cine, e.g. `3#12`. File names may hold
+            names of people, and stay behind.
         valid: whether each frame shows what the report says; None where nobody knows.
     """
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.data.exam_folders import exam_line, picture, write_folder
 from ultra import storage
-from ultra.config import DataConfig, SimulatorConfig
+from ultra.config import ConfigError, DataConfig, SimulatorConfig
 from ultra.data import parquet
 from ultra.data.prepare import (
     PrepareCounts,
@@ -81,8 +81,8 @@ def test_bad_exams_go_to_quarantine_with_their_reason_and_stop_nothing(tmp_path:
     files = {"a.jpg": picture(1), "b.jpg": picture(2)}
     config = config_at(
         tmp_path,
-        source="folder",
-        folder_uri=write_folder(tmp_path / "folder", lines, files),
+        format="folder",
+        source_uri=write_folder(tmp_path / "folder", lines, files),
         assume_deidentified="Dr. Wang",
         validation_fraction=0,
         test_fraction=0,
@@ -99,11 +99,14 @@ def test_bad_exams_go_to_quarantine_with_their_reason_and_stop_nothing(tmp_path:
             "missing file": 1,
         },
         "splits": {"train": 2},
+        "notes": {},
+        "missing_files": 1,
+        "first_missing": ("missing.jpg",),
     }
     assert [(r["exam_id"], r["source"], r["reason"]) for r in rows(config.quarantine_uri)] == [
-        ("line 2", "exams.jsonl line 2", "malformed line: not JSON"),
+        ("exams.jsonl line 2", "exams.jsonl line 2", "malformed line: not JSON"),
         ("E3", "exams.jsonl line 3", "missing file: missing.jpg"),
-        ("E1", "exams.jsonl line 5", "duplicate exam_id: also on line 1"),
+        ("E1", "exams.jsonl line 5", "duplicate exam_id: also at exams.jsonl line 1"),
     ]
     assert [row["exam_id"] for row in rows(config.exams_uri)] == ["E1", "E4"]
     assert all("patient" not in str(row["patient_key"]) for row in rows(config.exams_uri))
@@ -141,19 +144,45 @@ def test_questions_tell_the_site_where_the_configuration_says_so(tmp_path: Path)
     assert told[True] > 0 == told[False]
 
 
-def test_sources_without_exams_are_named(tmp_path: Path) -> None:
-    config = config_at(tmp_path, source="folder")
-    with pytest.raises(ValueError, match=r"data\.folder_uri"):
-        list(list_entries(config))
-    empty = config.model_copy(update={"folder_uri": write_folder(tmp_path / "f", [""], {})})
-    with pytest.raises(ValueError, match="holds no exam"):
-        list(list_entries(empty))
-    nowhere = config.model_copy(update={"folder_uri": str(tmp_path / "nowhere")})
+def test_a_format_and_its_source_must_be_known(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.source_uri: needed for data\.format: folder"):
+        list(list_entries(config_at(tmp_path, format="folder")))
+    with pytest.raises(ConfigError, match=r"no format is called 'tar'; allowed: simulator, folder"):
+        list(list_entries(config_at(tmp_path, format="tar")))
     with pytest.raises(storage.StorageError, match="nowhere"):
-        list(list_entries(nowhere))
+        list(list_entries(config_at(tmp_path, format="folder", source_uri=f"{tmp_path}/nowhere")))
+
+
+def test_a_missing_file_is_an_error_where_the_configuration_is_strict(tmp_path: Path) -> None:
+    lines = [exam_line("E1", ["a.jpg"]), exam_line("E2", ["x.jpg", "a.jpg", "y.jpg"])]
+    config = config_at(
+        tmp_path,
+        format="folder",
+        source_uri=write_folder(tmp_path / "folder", lines, {"a.jpg": picture(1)}),
+        assume_deidentified="Dr. Wang",
+        strict=True,
+    )
+    written = [write_tables(list(list_entries(config)), 0, config)]
+    with pytest.raises(ConfigError, match=r"data\.strict: 2 files are missing: x\.jpg, y\.jpg"):
+        publish(written, config)
+    with pytest.raises(storage.StorageError, match="no complete table"):
+        parquet.read_parts(config.exams_uri)
 
 
 def test_counts_add_up() -> None:
-    a = PrepareCounts(1, 2, 3, 4, {"x": 1}, {"test": 5})
-    b = PrepareCounts(10, 20, 30, 40, {"x": 2, "a": 1}, {"train": 6})
-    assert a + b == PrepareCounts(11, 22, 33, 44, {"a": 1, "x": 3}, {"test": 5, "train": 6})
+    names = tuple("abcdefgh")
+    a = PrepareCounts(1, 2, 3, 4, {"x": 1}, {"test": 5}, {"odd": 1}, 8, names)
+    b = PrepareCounts(
+        10, 20, 30, 40, {"x": 2, "a": 1}, {"train": 6}, {"odd": 2}, 3, ("i", "j", "k")
+    )
+    assert a + b == PrepareCounts(
+        11,
+        22,
+        33,
+        44,
+        {"a": 1, "x": 3},
+        {"test": 5, "train": 6},
+        {"odd": 3},
+        11,
+        tuple("abcdefghij"),
+    )

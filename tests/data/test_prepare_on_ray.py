@@ -7,7 +7,7 @@ import pytest
 from tests.data.exam_folders import exam_line, picture, write_folder
 from tests.data.test_frames import png_header
 from ultra import storage
-from ultra.config import DataConfig, SimulatorConfig
+from ultra.config import ConfigError, DataConfig, SimulatorConfig
 from ultra.data import parquet
 from ultra.data.on_ray import prepare, write_instructions
 from ultra.data.schema import from_row
@@ -51,8 +51,8 @@ def mixed_folder(uri: str) -> str:
 def check_mixed(root: str) -> None:
     config = config_at(
         root,
-        source="folder",
-        folder_uri=mixed_folder(f"{root}/folder"),
+        format="folder",
+        source_uri=mixed_folder(f"{root}/folder"),
         assume_deidentified="Dr. Wang, 2026-01-05",
     )
     counts = prepare(config)
@@ -73,8 +73,8 @@ def check_mixed(root: str) -> None:
             "unreadable image: bomb.png: 9000 x 9000 pixels, at most 25000000 are let in",
         ),
         ("empty", "empty report: neither findings nor diagnosis"),
-        ("G3", "duplicate exam_id: also on line 4"),
-        ("line 12", "malformed line: not JSON"),
+        ("G3", "duplicate exam_id: also at exams.jsonl line 4"),
+        ("exams.jsonl line 12", "malformed line: not JSON"),
     ]
     assert len(rows(config.audit_uri)) == 20
     assert write_instructions(config) == 10
@@ -106,7 +106,7 @@ def test_the_old_table_stands_until_the_new_one_is_complete(tmp_path: Path) -> N
     config = config_at(str(tmp_path), simulator=SimulatorConfig(num_patients=2, frame_size=32))
     prepare(config)
     before = exams(config)
-    broken = config.model_copy(update={"source": "folder", "folder_uri": str(tmp_path / "no")})
+    broken = config.model_copy(update={"format": "folder", "source_uri": str(tmp_path / "no")})
     with pytest.raises(storage.StorageError, match=r"exams\.jsonl"):
         prepare(broken)
     assert exams(config) == before
@@ -115,12 +115,18 @@ def test_the_old_table_stands_until_the_new_one_is_complete(tmp_path: Path) -> N
 
 
 def test_a_missing_bucket_is_one_line(s3_bucket: str, tmp_path: Path) -> None:
-    folder = config_at(str(tmp_path), source="folder", folder_uri="s3://no-such-bucket/exams")
+    folder = config_at(str(tmp_path), format="folder", source_uri="s3://no-such-bucket/exams")
     target = config_at("s3://no-such-bucket/out", simulator=SimulatorConfig(num_patients=1))
     for config in (folder, target):
         with pytest.raises(storage.StorageError, match="'no-such-bucket' does not exist") as found:
             prepare(config)
         assert "\n" not in str(found.value)
+
+
+def test_a_source_without_exams_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", [""], {})
+    with pytest.raises(ConfigError, match=r"data\.source_uri: .*folder holds no exam"):
+        prepare(config_at(str(tmp_path), format="folder", source_uri=folder))
 
 
 def test_conversations_need_exams(tmp_path: Path) -> None:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import secrets
-from collections.abc import Callable, Collection, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import ray
 import ray.data
 
 from ultra import storage
-from ultra.config import DataConfig, EncodeConfig
+from ultra.config import ConfigError, DataConfig, EncodeConfig
 from ultra.data import parquet
 from ultra.data.features import Encode, features_uri, write_features
+from ultra.data.importers.entry import ExamEntry
 from ultra.data.prepare import (
     PrepareCounts,
+    Written,
     fill_conversations,
     list_entries,
     publish,
     write_tables,
 )
+from ultra.data.progress import EVERY_S, describe_progress
 from ultra.data.stream import Window, read_window
 
 T = TypeVar("T")
@@ -42,18 +51,83 @@ def prepare(config: DataConfig) -> PrepareCounts:
 
     Raises:
         StorageError: when the source or a target cannot be reached.
-        ValueError: when the source holds no exam.
+        ConfigError: for an unknown format, a source that holds no exam, or a missing file where
+            the configuration is strict.
     """
     for uri in (config.exams_uri, config.quarantine_uri, config.audit_uri):
         storage.resolve(uri)
     if not config.patient_key_secret:
         config = config.model_copy(update={"patient_key_secret": secrets.token_hex(32)})
-    entries = list(list_entries(config))
-    size = math.ceil(len(entries) / (TASKS_PER_CPU * _num_cpus()))
+    # The source is read twice: once to learn how many exams a task gets, then task by task.
+    total = sum(1 for _ in list_entries(config))
+    if not total:
+        raise ConfigError(f"data.source_uri: {config.source_uri} holds no exam")
+    size = math.ceil(total / (TASKS_PER_CPU * _num_cpus()))
     size = min(max(size, MIN_EXAMS_PER_TASK), config.exams_per_file)
+    with show_progress("prepare", total) as report:
 
-    tasks = [(start, entries[start : start + size]) for start in range(0, len(entries), size)]
-    return publish(_map(tasks, lambda task: write_tables(task[1], task[0], config)), config)
+        def write(task: tuple[int, list[ExamEntry]]) -> Written:
+            position, entries = task
+            return write_tables(entries, position, config, partial(report, position))
+
+        written = _map(_tasks(list_entries(config), size), write)
+    return publish(written, config)
+
+
+def _tasks(entries: Iterable[ExamEntry], size: int) -> Iterator[tuple[int, list[ExamEntry]]]:
+    left = iter(entries)
+    for position in itertools.count(step=size):
+        chunk = list(itertools.islice(left, size))
+        if not chunk:
+            return
+        yield position, chunk
+
+
+Report = Callable[[Hashable, Mapping[str, int]], None]
+"""Takes the key of a task and what of it is done so far, by name."""
+
+
+@contextmanager
+def show_progress(name: str, total: int) -> Iterator[Report]:
+    """Print a line now and then; yield what tasks on any node report with.
+
+    A task that runs again reports under its key again, so nothing counts twice.
+    """
+    board: Any = ray.remote(num_cpus=0)(_Board).remote()
+    stopped = threading.Event()
+    started_s = time.monotonic()
+
+    def show() -> None:
+        while not stopped.wait(EVERY_S):
+            done = ray.get(board.total.remote())
+            if done:
+                print(describe_progress(name, total, done, time.monotonic() - started_s))
+
+    def report(key: Hashable, done: Mapping[str, int]) -> None:
+        board.set.remote(key, dict(done))
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield report
+    finally:
+        stopped.set()
+        thread.join()
+
+
+class _Board:
+    def __init__(self) -> None:
+        self.done: dict[Hashable, dict[str, int]] = {}
+
+    def set(self, key: Hashable, done: dict[str, int]) -> None:
+        self.done[key] = done
+
+    def total(self) -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for done in self.done.values():
+            for name, count in done.items():
+                totals[name] = totals.get(name, 0) + count
+        return totals
 
 
 def write_instructions(config: DataConfig) -> int:
@@ -133,17 +207,21 @@ def stream_rows(
     return [rows.iterator()] if num_workers == 1 else rows.streaming_split(num_workers, equal=True)
 
 
-def _map(items: Sequence[T], function: Callable[[T], R]) -> list[R]:
+def _map(items: Iterable[T], function: Callable[[T], R]) -> list[R]:
     """Return what `function` gives for each item, in order, one task each."""
-    if not items:
-        return []
 
     def run(row: dict[str, Any]) -> dict[str, Any]:
         return {"index": row["index"], "result": pickle.dumps(function(pickle.loads(row["item"])))}
 
-    # Arrow has no type for items and results, so they travel as bytes; both are small.
-    rows = [{"index": index, "item": pickle.dumps(item)} for index, item in enumerate(items)]
-    found = ray.data.from_items(rows, override_num_blocks=len(rows)).map(run).take_all()
+    # Arrow has no type for items and results, so they travel as bytes. Those of the items lie in
+    # the object store, which spills to disk, and not in the driver.
+    blocks: list[Any] = [
+        ray.put(pa.table({"index": [index], "item": [pickle.dumps(item)]}))
+        for index, item in enumerate(items)
+    ]
+    if not blocks:
+        return []
+    found = ray.data.from_arrow_refs(blocks).map(run).take_all()
     return [pickle.loads(row["result"]) for row in sorted(found, key=lambda row: row["index"])]
 
 

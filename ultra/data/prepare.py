@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ultra.config import DataConfig
+from ultra.config import ConfigError, DataConfig
 from ultra.data import parquet, schema
-from ultra.data.importers.folder import ExamEntry, ImportedExam, list_exams, read_exam
+from ultra.data.importers.entry import ExamEntry
+from ultra.data.importers.formats import find_format
+from ultra.data.importers.reader import ImportedExam, MissingFiles
 from ultra.data.instructions import write_conversations
 from ultra.data.parquet import Part
-from ultra.data.synthetic import simulate_exam, simulated_exams
 from ultra.types import Split
+
+REPORT_EVERY = 16
+"""Exams between two reports of progress."""
+NUM_NAMED = 10
+"""Missing files that are named."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrepareCounts:
-    """What came of a run of prepare; `quarantine_reasons` counts exams by kind of reason."""
+    """What came of a run of prepare.
+
+    Attributes:
+        quarantine_reasons: exams by kind of reason.
+        notes: oddities of the set, by kind, in exams that were let in.
+        missing_files: files that the set names and that do not exist; the first few by name.
+    """
 
     exams: int = 0
     frames: int = 0
@@ -27,6 +39,9 @@ class PrepareCounts:
     quarantined: int = 0
     quarantine_reasons: Mapping[str, int] = field(default_factory=dict)
     splits: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, int] = field(default_factory=dict)
+    missing_files: int = 0
+    first_missing: tuple[str, ...] = ()
 
     def __add__(self, other: PrepareCounts) -> PrepareCounts:
         return PrepareCounts(
@@ -36,7 +51,15 @@ class PrepareCounts:
             self.quarantined + other.quarantined,
             _sum(self.quarantine_reasons, other.quarantine_reasons),
             _sum(self.splits, other.splits),
+            _sum(self.notes, other.notes),
+            self.missing_files + other.missing_files,
+            (self.first_missing + other.first_missing)[:NUM_NAMED],
         )
+
+    def done(self) -> dict[str, int]:
+        """Return what is done, for a progress line."""
+        exams = self.exams + self.quarantined
+        return {"exams": exams, "frames": self.frames, "in quarantine": self.quarantined}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts as plain values, for JSON."""
@@ -44,7 +67,7 @@ class PrepareCounts:
 
     def metrics(self) -> dict[str, float]:
         """Return the counts by name, for a tracker."""
-        names = ("exams", "frames", "duplicates_dropped", "quarantined")
+        names = ("exams", "frames", "duplicates_dropped", "quarantined", "missing_files")
         splits = {f"exams_{split}": float(count) for split, count in self.splits.items()}
         return {name: float(getattr(self, name)) for name in names} | splits
 
@@ -61,7 +84,13 @@ class PrepareCounts:
             f"{self.duplicates_dropped} near-duplicates dropped",
             f"{self.quarantined} exams in quarantine",
         ]
-        return "\n".join(lines + [f"  {r['exams']:6} {r['reason']}" for r in self.reason_rows()])
+        lines += [f"  {r['exams']:6} {r['reason']}" for r in self.reason_rows()]
+        lines += [f"{count} exams with {note}" for note, count in self.notes.items()]
+        return "\n".join([*lines, self.missing()] if self.missing_files else lines)
+
+    def missing(self) -> str:
+        """Return how many files are missing and the names of the first."""
+        return f"{self.missing_files} files are missing: {', '.join(self.first_missing)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +103,20 @@ class Written:
     counts: PrepareCounts
 
 
-def list_entries(config: DataConfig) -> Iterator[dict[str, Any]]:
-    """Yield what names each exam of the source: (patient, exam) pairs, or lines of the index.
+def list_entries(config: DataConfig) -> Iterator[ExamEntry]:
+    """Yield the exams of the source in order; of several with one id only the first is good.
 
     Raises:
-        ValueError: when the source holds no exam.
-        StorageError: when the exam folder has no index.
+        ConfigError: for an unknown format, or one without its source.
+        StorageError: when the source does not exist.
     """
-    if config.source == "simulator":
-        for patient, exam in simulated_exams(config.simulator, config.seed):
-            yield {"patient": patient, "exam": exam}
-        return
-    if not config.folder_uri:
-        raise ValueError("data.folder_uri: needed for data.source: folder")
-    found = False
-    for entry in list_exams(config.folder_uri):
-        found = True
-        yield asdict(entry)
-    if not found:
-        raise ValueError(f"{config.folder_uri}: exams.jsonl holds no exam")
+    seen: dict[str, str] = {}
+    for entry in find_format(config).list_exams(config):
+        first = seen.setdefault(entry.exam_id, entry.source)
+        # The simulator's exams share a source, and their ids differ by construction.
+        if first != entry.source and not entry.reason:
+            entry = replace(entry, reason=f"duplicate exam_id: also at {first}")
+        yield entry
 
 
 def split_of(patient_key: str, config: DataConfig) -> Split:
@@ -107,7 +131,10 @@ def split_of(patient_key: str, config: DataConfig) -> Split:
 
 
 def write_tables(
-    entries: Sequence[Mapping[str, Any]], position: int, config: DataConfig
+    entries: Sequence[ExamEntry],
+    position: int,
+    config: DataConfig,
+    report: Callable[[Mapping[str, int]], None] = lambda done: None,
 ) -> Written:
     """Read exams one at a time and write them as one part of each table.
 
@@ -117,40 +144,57 @@ def write_tables(
         entries: as `list_entries` yields them.
         position: place of the first one in the source.
         config: with `patient_key_secret` set.
+        report: is told now and then how much of the part is done.
     """
     quarantine: list[dict[str, Any]] = []
     audit: list[dict[str, Any]] = []
-    totals: Counter[str] = Counter()
-    splits: Counter[str] = Counter()
+    read = find_format(config).read_exam
+    counts = PrepareCounts()
 
     def rows() -> Iterator[dict[str, Any]]:
-        for entry in entries:
+        nonlocal counts
+        for index, entry in enumerate(entries):
             try:
-                imported = _read(entry, config)
+                imported = read(entry, config)
             except ValueError as error:
                 quarantine.append(_quarantine_row(entry, str(error)))
-                continue
-            group = imported.group
-            group = replace(group, split=split_of(group.patient_key, config))
-            totals.update(frames=len(group.frames), duplicates=imported.num_duplicates)
-            splits[group.split] += 1
-            audit.extend(_audit_rows(imported))
-            yield schema.to_row(group)
+                counts += _count_refused(error)
+            else:
+                group = imported.group
+                split = entry.split or split_of(group.patient_key, config)
+                audit.extend(_audit_rows(imported))
+                counts += _count_let_in(imported, split, entry.notes)
+                yield schema.to_row(replace(group, split=split))
+            if index % REPORT_EVERY == 0:
+                report(counts.done())
 
     exams = _write(rows(), config.exams_uri, schema.EXAMS, position, config)
-    counts = PrepareCounts(
-        exams=splits.total(),
-        frames=totals["frames"],
-        duplicates_dropped=totals["duplicates"],
-        quarantined=len(quarantine),
-        quarantine_reasons=Counter(row["reason"].partition(":")[0] for row in quarantine),
-        splits=splits,
-    )
+    report(counts.done())
     return Written(
         exams,
         _write(quarantine, config.quarantine_uri, schema.QUARANTINE, position, config),
         _write(audit, config.audit_uri, schema.AUDIT, position, config),
         counts,
+    )
+
+
+def _count_let_in(imported: ImportedExam, split: Split, notes: Iterable[str]) -> PrepareCounts:
+    return PrepareCounts(
+        exams=1,
+        frames=len(imported.group.frames),
+        duplicates_dropped=imported.num_duplicates,
+        splits={split: 1},
+        notes=Counter(notes),
+    )
+
+
+def _count_refused(error: ValueError) -> PrepareCounts:
+    paths = error.paths if isinstance(error, MissingFiles) else []
+    return PrepareCounts(
+        quarantined=1,
+        quarantine_reasons={str(error).partition(":")[0]: 1},
+        missing_files=len(paths),
+        first_missing=tuple(paths[:NUM_NAMED]),
     )
 
 
@@ -173,23 +217,20 @@ def publish(written: Sequence[Written], config: DataConfig) -> PrepareCounts:
     """Make what the tasks wrote the tables of the run, and return all counts together.
 
     The exams come last: who sees them finds their audit and quarantine in place.
+
+    Raises:
+        ConfigError: when a file is missing and the configuration is strict; nothing is published.
     """
+    counts = sum((w.counts for w in written), PrepareCounts())
+    if config.strict and counts.missing_files:
+        raise ConfigError(f"data.strict: {counts.missing()}")
     for uri, parts in (
         (config.quarantine_uri, [w.quarantine for w in written]),
         (config.audit_uri, [w.audit for w in written]),
         (config.exams_uri, [w.exams for w in written]),
     ):
         parquet.publish_parts(uri, [part for part in parts if part is not None])
-    return sum((w.counts for w in written), PrepareCounts())
-
-
-def _read(entry: Mapping[str, Any], config: DataConfig) -> ImportedExam:
-    if config.source == "simulator":
-        group = simulate_exam(config.simulator, config.seed, entry["patient"], entry["exam"])
-        return ImportedExam(group, ("simulated",) * len(group.frames))
-    return read_exam(
-        ExamEntry(**{**entry, "frames": tuple(entry["frames"])}), config.folder_uri, config
-    )
+    return counts
 
 
 def _write(
@@ -200,10 +241,10 @@ def _write(
     )
 
 
-def _quarantine_row(entry: Mapping[str, Any], reason: str) -> dict[str, Any]:
+def _quarantine_row(entry: ExamEntry, reason: str) -> dict[str, Any]:
     return {
-        "exam_id": entry["exam_id"],
-        "source": f"exams.jsonl line {entry['line']}",
+        "exam_id": entry.exam_id,
+        "source": entry.source,
         "reason": reason,
         "schema_version": schema.SCHEMA_VERSION,
     }

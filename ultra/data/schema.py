@@ -10,11 +10,18 @@ import pyarrow as pa
 
 from ultra.types import Conversation, FrameGroup, Turn
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _TURN = pa.struct([("role", pa.string()), ("content", pa.string())])
 _CONVERSATION = pa.struct(
-    [("stage", pa.string()), ("task", pa.string()), ("turns", pa.list_(_TURN))]
+    [
+        ("stage", pa.string()),
+        ("task", pa.string()),
+        ("turns", pa.list_(_TURN)),
+        ("language", pa.string()),
+        ("closed", pa.bool_()),
+        ("question_id", pa.string()),
+    ]
 )
 
 EXAMS = pa.schema(
@@ -98,6 +105,9 @@ def conversations_to_rows(conversations: Iterable[Conversation]) -> list[dict[st
             "stage": c.stage,
             "task": c.task,
             "turns": [{"role": turn.role, "content": turn.content} for turn in c.turns],
+            "language": c.language,
+            "closed": c.closed,
+            "question_id": c.question_id,
         }
         for c in conversations
     ]
@@ -107,7 +117,12 @@ def conversations_from_rows(rows: Iterable[Mapping[str, Any]]) -> tuple[Conversa
     """Return the conversations of a `conversations` value."""
     return tuple(
         Conversation(
-            r["stage"], r["task"], tuple(Turn(t["role"], t["content"]) for t in r["turns"])
+            stage=r["stage"],
+            task=r["task"],
+            turns=tuple(Turn(t["role"], t["content"]) for t in r["turns"]),
+            language=r["language"],
+            closed=r["closed"],
+            question_id=r["question_id"],
         )
         for r in rows
     )

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ultra import storage
+from ultra.config import ConfigError
+from ultra.data.importers import records
+from ultra.data.importers.records import Record, read_records
+
+
+def read(folder: Path, name: str, data: bytes, **options: str) -> list[Record]:
+    storage.write_bytes(f"{folder}/{name}", data)
+    return list(read_records(f"{folder}/{name}", **options))
+
+
+ROWS = [{"id": "一", "n": 1.5}, {"id": "二", "n": [None, {"x": True}]}]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lists_and_lines_of_json_give_the_same_values(tmp_path: Path, mark: bytes) -> None:
+    listed = read(tmp_path, "a.json", mark + json.dumps(ROWS, ensure_ascii=False).encode())
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    lined = read(tmp_path, "a.jsonl", mark + lines.encode())
+    assert [record.value for record in listed] == [record.value for record in lined] == ROWS
+    assert [record.place for record in listed] == ["a.json item 1", "a.json item 2"]
+    assert [record.place for record in lined] == ["a.jsonl line 1", "a.jsonl line 3"]
+
+
+def test_a_list_under_a_key(tmp_path: Path) -> None:
+    data = json.dumps({"version": [1], "annotations": ROWS}).encode()
+    found = read(tmp_path, "a.json", data, items="annotations.item")
+    assert [record.value for record in found] == ROWS
+
+
+def test_a_table_with_a_line_feed_in_a_field(tmp_path: Path) -> None:
+    data = '\ufeffid, text\n一,"a\nb, ""c"""\n二,d\n'.encode()
+    found = read(tmp_path, "a.csv", data)
+    assert [r.value for r in found] == [
+        {"id": "一", "text": 'a\nb, "c"'},
+        {"id": "二", "text": "d"},
+    ]
+    assert [r.place for r in found] == ["a.csv line 3", "a.csv line 4"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
+def test_another_encoding(tmp_path: Path, name: str) -> None:
+    text = {"a.json": '[{"id": "肝脏"}]', "a.jsonl": '{"id": "肝脏"}', "a.csv": "id\n肝脏\n"}[name]
+    (good,) = read(tmp_path, name, text.encode("gb18030"), encoding="gb18030")
+    assert good.value == {"id": "肝脏"}
+    (bad,) = read(tmp_path, name, text.encode("gb18030"))
+    assert bad.reason.startswith("malformed")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "klingon"])
+def test_an_encoding_without_plain_line_feeds_is_refused(tmp_path: Path, encoding: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.encoding"):
+        read(tmp_path, "a.json", b"[]", encoding=encoding)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a\.xls: one of \.json, "):
+        read(tmp_path, "a.xls", b"")
+
+
+def test_what_stands_before_a_break_is_kept(tmp_path: Path) -> None:
+    found = read(tmp_path, "a.json", json.dumps(ROWS).encode()[:-8])
+    assert found[0].value == ROWS[0]
+    assert found[-1].place == "a.json after item 1"
+    assert found[-1].reason.startswith("malformed file: not JSON from there on")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("a.jsonl", b'{"a": "\xff"}', "malformed line: not utf-8 text"),
+        ("a.jsonl", b"[" * 99_999, "malformed line: not JSON"),
+        ("a.jsonl", b"7", "malformed line: not a JSON object"),
+        ("a.json", b"[7]", "malformed line: not a JSON object"),
+        ("a.csv", b"a,b\n1\n", "malformed row: not as many columns"),
+        ("a.csv", b"a,b\n1,2,3\n", "malformed row: not as many columns"),
+        ("a.csv", b'a,b\n1,"2\n', "malformed row: unexpected end of data"),
+        ("a.csv", b"a,b\n1,\xff\n", "malformed row: not utf-8 text"),
+    ],
+)
+def test_a_bad_record_says_why(tmp_path: Path, name: str, data: bytes, reason: str) -> None:
+    (record,) = read(tmp_path, name, data)
+    assert record.reason.startswith(reason)
+
+
+def test_a_line_without_end_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 100)
+    first, second = read(tmp_path, "a.jsonl", b'"' + b"x" * 5000 + b'"\n{"a": 1}')
+    assert first.reason == "over the caps: a line of more than 100 bytes"
+    assert second.value == {"a": 1}

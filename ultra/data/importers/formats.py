@@ -1,0 +1,48 @@
+"""Every format that exams come in, by the name `data.format` calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ultra.config import ConfigError, DataConfig
+from ultra.data.importers import folder, reader, simulated
+from ultra.data.importers.entry import ExamEntry
+from ultra.data.importers.reader import ImportedExam
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How exams are listed, and how the frames of a listed one are read.
+
+    Attributes:
+        list_exams: yields the exams in order, without reading a frame.
+        read_exam: makes the frame group; raises ValueError (`kind: detail`) where it cannot.
+        reads_uri: whether it reads `data.source_uri`.
+    """
+
+    list_exams: Callable[[DataConfig], Iterator[ExamEntry]]
+    read_exam: Callable[[ExamEntry, DataConfig], ImportedExam] = reader.read_exam
+    reads_uri: bool = True
+
+
+FORMATS = {
+    "simulator": Format(simulated.list_exams, simulated.read_exam, reads_uri=False),
+    "folder": Format(folder.list_exams),
+}
+
+
+def find_format(config: DataConfig) -> Format:
+    """Return the format that the configuration names.
+
+    Raises:
+        ConfigError: for an unknown one, or one without its source.
+    """
+    found = FORMATS.get(config.format)
+    if found is None:
+        raise ConfigError(
+            f"data.format: no format is called {config.format!r}; allowed: {', '.join(FORMATS)}"
+        )
+    if found.reads_uri and not config.source_uri:
+        raise ConfigError(f"data.source_uri: needed for data.format: {config.format}")
+    return found

@@ -1,0 +1,173 @@
+"""Files of an exam as a frame group, every frame shown or stated to carry no identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ultra import storage
+from ultra.config import DataConfig
+from ultra.data.dicom import is_dicom, read_dicom
+from ultra.data.frames import (
+    decode_frame,
+    drop_duplicates,
+    encode_frame,
+    is_jpeg,
+    sample_evenly,
+    thumbnail,
+)
+from ultra.data.importers.entry import ExamEntry, patient_key
+from ultra.data.importers.records import TABLES
+from ultra.types import FrameGroup
+
+_HEAD_BYTES = 132
+"""Enough of a file to tell its kind."""
+
+
+class MissingFiles(ValueError):
+    """An exam some of whose files do not exist; `paths` names them."""
+
+    def __init__(self, paths: list[str]) -> None:
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        super().__init__(f"missing file: {paths[0]}{more}")
+        self.paths = paths
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedExam:
+    """An exam that was let in, with what shows for each frame that it carries no identity."""
+
+    group: FrameGroup
+    evidence: tuple[str, ...]
+    num_duplicates: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    data: bytes
+    size: tuple[int, int]
+    source: str
+    evidence: str
+
+
+def images_uri(config: DataConfig) -> str:
+    """Return where the relative paths of a set's frames begin."""
+    if config.images_uri:
+        return config.images_uri
+    is_file = config.source_uri.endswith(TABLES)
+    return config.source_uri.rpartition("/")[0] or "." if is_file else config.source_uri
+
+
+def read_exam(entry: ExamEntry, config: DataConfig) -> ImportedExam:
+    """Return the frame group of an exam.
+
+    What a file is follows from its content, not from its name. Frames that nobody has judged leave
+    `valid` unknown. More than `max_frames` are sampled evenly.
+
+    Raises:
+        ValueError: when the exam cannot be let in; the message is `kind: detail`.
+    """
+    if entry.reason:
+        raise ValueError(entry.reason)
+    frames, num_duplicates = _read_frames(entry, config)
+    frames = [frames[i] for i in sample_evenly(len(frames), config.max_frames)]
+    group = FrameGroup(
+        exam_id=entry.exam_id,
+        patient_key=patient_key(entry.patient_id, config.patient_key_secret),
+        site=entry.site,
+        history=entry.history,
+        findings=entry.findings,
+        diagnosis=entry.diagnosis,
+        modality=entry.modality,
+        frames=tuple(frame.data for frame in frames),
+        frame_sizes=tuple(frame.size for frame in frames),
+        frame_sources=tuple(frame.source for frame in frames),
+        conversations=entry.conversations,
+    )
+    return ImportedExam(group, tuple(frame.evidence for frame in frames), num_duplicates)
+
+
+def _read_frames(entry: ExamEntry, config: DataConfig) -> tuple[list[_Frame], int]:
+    """Return the distinct frames of all files in order, and how many were dropped as repeats."""
+    files = _read_files(entry, config)
+    frames: list[_Frame] = []
+    thumbnails, positions, num_duplicates = [], [], 0
+    for place, (path, data) in enumerate(files, start=1):
+        if is_dicom(data):
+            found, repeated = _from_dicom(data, path, place, config)
+            frames += found
+            num_duplicates += repeated
+        else:
+            frame, small = _from_image(data, path, place, config)
+            positions.append(len(frames))
+            thumbnails.append(small)
+            frames.append(frame)
+    distinct = drop_duplicates(thumbnails, config.duplicate_threshold)
+    repeats = set(positions) - {positions[i] for i in distinct}
+    kept = [frame for index, frame in enumerate(frames) if index not in repeats]
+    return kept, num_duplicates + len(repeats)
+
+
+def _read_files(entry: ExamEntry, config: DataConfig) -> list[tuple[str, bytes]]:
+    found, missing = [], []
+    for path in entry.frames:
+        try:
+            found.append((path, _read_file(images_uri(config), path, config)))
+        except FileNotFoundError:
+            missing.append(path)
+    if missing:
+        raise MissingFiles(missing)
+    return found
+
+
+def _read_file(folder_uri: str, path: str, config: DataConfig) -> bytes:
+    uri = storage.join(folder_uri, path)
+    try:
+        with storage.open_read(uri) as file:
+            head = file.read(_HEAD_BYTES)
+            limit = config.max_dicom_bytes if is_dicom(head) else config.max_frame_bytes
+            data = head + file.read(limit + 1 - len(head))
+    except OSError:
+        # Asking again tells a missing file from a store that is down, which must stop the job.
+        if not storage.exists(uri):
+            raise FileNotFoundError(path) from None
+        raise ValueError(f"unreadable file: {path}") from None
+    if len(data) > limit:
+        raise ValueError(f"over the caps: {path}: more than the {limit} bytes that are let in")
+    return data
+
+
+def _from_dicom(data: bytes, path: str, place: int, config: DataConfig) -> tuple[list[_Frame], int]:
+    try:
+        found = read_dicom(
+            data,
+            str(place),
+            max_pixels=config.max_frame_pixels,
+            max_frames=config.max_frames,
+            duplicate_threshold=config.duplicate_threshold,
+        )
+    except ValueError as error:
+        raise ValueError(f"unsafe or unreadable DICOM: {path}: {error}") from None
+    columns = zip(found.frames, found.frame_sizes, found.frame_sources, found.evidence, strict=True)
+    return [_Frame(*column) for column in columns], found.num_duplicates
+
+
+def _from_image(data: bytes, path: str, place: int, config: DataConfig) -> tuple[_Frame, Any]:
+    """Return a plain image as a clean frame, and its thumbnail."""
+    if not config.assume_deidentified:
+        raise ValueError(
+            f"identity not excluded: {path}: a plain image needs data.assume_deidentified"
+        )
+    try:
+        pixels = decode_frame(
+            data, max_bytes=config.max_frame_bytes, max_pixels=config.max_frame_pixels
+        )
+    except ValueError as error:
+        raise ValueError(f"unreadable image: {path}: {error}") from None
+    frame = _Frame(
+        data=encode_frame(pixels, lossy=is_jpeg(data)),
+        size=(pixels.shape[1], pixels.shape[0]),
+        source=str(place),
+        evidence=f"stated by {config.assume_deidentified}",
+    )
+    return frame, thumbnail(pixels)
