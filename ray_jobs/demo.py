@@ -34,7 +34,6 @@ from ultra.data import parquet
 from ultra.evaluate.predictions import read_frames, read_predictions
 from ultra.evaluate.report import (
     Exam,
-    build_report,
     pick_exams,
     show_exam,
     show_results,
@@ -42,6 +41,7 @@ from ultra.evaluate.report import (
 )
 from ultra.evaluate.results import read_summary
 from ultra.evaluate.tables import Summary
+from ultra.page import build_page
 from ultra.tracking import read_history
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -331,7 +331,7 @@ def draw_report(config: PipelineConfig, summary: Summary, real: Exam | None) -> 
     sections = show_results(summary, exams, read_history(config, "train"))
     refused = "<p>It was refused: nothing shows that its frames carry no identity.</p>"
     sections.insert(0, ("A real cardiac cine", show_exam(real) if real else refused))
-    return build_report("Ultra demo", sections, NOTICE)
+    return build_page("Ultra demo", sections, NOTICE)
 
 
 def print_results(summary: Summary, results: Mapping[str, Any]) -> None:

@@ -69,6 +69,8 @@ class DataConfig(Section):
     quarantine_uri: str = "{root}/quarantine"
     audit_uri: str = "{root}/audit"
     """One row per frame let in: what shows that it carries no identity."""
+    card_uri: str = "{root}/card"
+    """The data card: `index.html` for people, and lists of what was let in and left out."""
     features_uri: str = "{root}/features"
     seed: int = 0
     site_cue: bool = True

@@ -15,16 +15,15 @@ from ultra.evaluate.baselines import count_answers
 from ultra.evaluate.on_ray import NUM_EXPLAINED, NUM_SHOWN
 from ultra.evaluate.predictions import Prediction
 from ultra.evaluate.report import (
-    build_report,
     pick_exams,
     show_by_suite,
     show_exam,
     show_results,
-    show_table,
     spread,
     spread_exams,
 )
 from ultra.evaluate.tables import summarise
+from ultra.page import build_page, show_table
 
 
 class Page(HTMLParser):
@@ -79,7 +78,7 @@ def test_the_whole_page() -> None:
     summary = summarise(PREDICTIONS, count_answers({("kind", "?", "否"): 1}))
     exams = pick_exams(PREDICTIONS, FRAMES)
     curves = {"loss": [(1, 2.0), (2, 1.0)]}
-    page = Page(build_report("A & B", show_results(summary, exams, curves), "For <tests> only."))
+    page = Page(build_page("A & B", show_results(summary, exams, curves), "For <tests> only."))
     headings = "".join(page.words)
     assert "A & B" in headings
     assert "For <tests> only." in headings
@@ -96,7 +95,7 @@ def test_the_whole_page() -> None:
 
 
 def test_says_what_it_is_not() -> None:
-    assert "Nothing here is a medical device" in build_report("t", [])
+    assert "Nothing here is a medical device" in build_page("t", [])
 
 
 def test_an_exam_shows_what_its_answer_rests_on() -> None:

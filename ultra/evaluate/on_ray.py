@@ -22,7 +22,6 @@ from ultra.evaluate.predictions import (
 )
 from ultra.evaluate.predictor import Predictor
 from ultra.evaluate.report import (
-    build_report,
     pick_exams,
     show_results,
     spread,
@@ -31,6 +30,7 @@ from ultra.evaluate.report import (
 from ultra.evaluate.results import write_tables
 from ultra.evaluate.tables import Summary
 from ultra.model import checkpoint
+from ultra.page import build_page
 from ultra.tracking import Tracker, open_run, read_history
 
 NUM_SHOWN, NUM_EXPLAINED = 12, 3
@@ -134,4 +134,4 @@ def _show(
     if curves:
         tracker.figure("training_curves", draw_curves(curves))
     sections = show_results(summary, exams, curves)
-    tracker.text("report.html", build_report(f"Evaluation of {config.name}", sections))
+    tracker.text("report.html", build_page(f"Evaluation of {config.name}", sections))
