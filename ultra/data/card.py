@@ -7,9 +7,11 @@ import hashlib
 import json
 import re
 import tempfile
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -232,14 +234,10 @@ def _rows(counts: Mapping[str, int], name: str) -> Rows:
 def _quantiles(lengths: Counter[int]) -> dict[str, float]:
     """Return count, mean, and quantiles (nearest rank) of the values that are counted."""
     ordered = sorted(lengths.items())
+    passed = list(accumulate(count for _, count in ordered))
 
     def at(share: float) -> int:
-        passed = 0
-        for value, count in ordered:
-            passed += count
-            if passed >= share * lengths.total():
-                break
-        return value
+        return ordered[bisect_left(passed, share * passed[-1])][0]
 
     mean = sum(value * count for value, count in ordered) / lengths.total()
     shares = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
