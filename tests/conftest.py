@@ -6,14 +6,17 @@ import os
 import random
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.seaweedfs import SeaweedFS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,72 +88,22 @@ def ray_cluster(s3_environment: dict[str, str]) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def s3_bucket(
+def s3_server(
     s3_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """The address of an empty bucket on a real S3 server (SeaweedFS)."""
-    import json
+) -> Iterator[SeaweedFS]:
+    """A real S3 server (SeaweedFS)."""
+    from tests.seaweedfs import SeaweedFS
 
-    from pyarrow import fs
+    server = SeaweedFS(tmp_path_factory.mktemp("seaweedfs"), s3_environment)
+    server.start()
+    yield server
+    server.kill()
 
-    folder = tmp_path_factory.mktemp("seaweedfs")
-    endpoint = s3_environment["AWS_ENDPOINT_URL"]
-    identity = {
-        "name": "ultra",
-        "credentials": [
-            {
-                "accessKey": s3_environment["AWS_ACCESS_KEY_ID"],
-                "secretKey": s3_environment["AWS_SECRET_ACCESS_KEY"],
-            }
-        ],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    weed = Path(sys.executable).parent / "weed"
-    parts = ("master", "volume", "filer")
-    ports = {f"{part}.port{kind}": str(free_port()) for part in parts for kind in ("", ".grpc")}
-    ports |= {"s3.port": endpoint.rsplit(":", 1)[1], "s3.port.grpc": str(free_port())}
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                str(weed),
-                "server",
-                "-s3",
-                f"-dir={folder}",
-                "-ip=127.0.0.1",
-                "-ip.bind=127.0.0.1",
-                *(f"-{name}={port}" for name, port in ports.items()),
-                f"-s3.config={folder / 's3.json'}",
-                "-volume.max=40",
-                "-master.volumeSizeLimitMB=64",
-                "-master.telemetry=false",
-            ],
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        wait_until_up(endpoint, process)
-        s3 = fs.S3FileSystem(
-            endpoint_override=endpoint.removeprefix("http://"),
-            scheme="http",
-            allow_bucket_creation=True,
-        )
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                s3.create_dir("ultra-test")
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
-        yield "s3://ultra-test"
-    finally:
-        process.kill()  # its own farewell takes 25 s, and nothing it holds is wanted any more
-        process.wait(timeout=30)
-        for port in ports.values():
-            for socket_file in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-                socket_file.unlink()
+
+@pytest.fixture(scope="session")
+def s3_bucket(s3_server: SeaweedFS) -> str:
+    """The address of a bucket that is empty at first."""
+    return s3_server.make_bucket("ultra-test")
 
 
 CHARACTERS = (

@@ -1,10 +1,18 @@
 from __future__ import annotations
 
 import os
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from pyarrow import fs
 
+from tests.conftest import free_port
+from tests.seaweedfs import SeaweedFS
 from ultra import storage
 
 
@@ -106,3 +114,58 @@ def test_a_missing_bucket_and_another_scheme_are_named(s3_bucket: str) -> None:
         storage.write_bytes("s3://no-such-bucket/x", b"")
     with pytest.raises(storage.StorageError, match="local path or s3://"):
         storage.exists("gs://bucket/x")
+
+
+class Bucket(BaseHTTPRequestHandler):
+    """Says of everything that it exists."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def test_a_server_may_be_away_and_a_file_system_that_traveled_waits_as_well(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    port = free_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    with ThreadingHTTPServer(("127.0.0.1", port), Bucket) as server:
+        threading.Thread(target=server.serve_forever).start()
+        filesystem, path = storage.resolve("s3://bucket/x")
+        server.shutdown()
+    travelled = pickle.loads(pickle.dumps(filesystem))
+
+    def come_back() -> ThreadingHTTPServer:
+        time.sleep(4)  # pyarrow's own three attempts end after 3 s at most
+        server = ThreadingHTTPServer(("127.0.0.1", port), Bucket)
+        threading.Thread(target=server.serve_forever).start()
+        return server
+
+    # As many as would use up the standard strategy's retries of a whole process.
+    with ThreadPoolExecutor(25) as pool:
+        answers = [pool.submit(travelled.get_file_info, path) for _ in range(24)]
+        with come_back() as server:
+            assert {answer.result().type for answer in answers} == {fs.FileType.File}
+            server.shutdown()
+
+
+def test_other_credentials_make_another_client(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(f"{s3_bucket}/secret", b"x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(storage.StorageError, match="ACCESS_DENIED"):
+        storage.read_bytes(f"{s3_bucket}/secret")
+    monkeypatch.undo()
+    assert storage.read_bytes(f"{s3_bucket}/secret") == b"x"
+
+
+def test_a_bucket_that_is_made_later_is_found(s3_server: SeaweedFS) -> None:
+    with pytest.raises(storage.StorageError, match="bucket 'made-later' does not exist"):
+        storage.exists("s3://made-later/x")
+    uri = s3_server.make_bucket("made-later")
+    storage.write_bytes(f"{uri}/x", b"1")
+    assert storage.read_bytes(f"{uri}/x") == b"1"

@@ -13,15 +13,20 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from pyarrow import fs
 
 from ultra.config import InputError
 
 PACKAGE = "package:"
+
+PATIENCE = 11
+"""Attempts of a request to an S3 server. The waits between them double from 25 ms to 25.6 s, so a
+server may be away for 50 s before a job hears of it."""
 
 
 class StorageError(InputError, OSError):
@@ -40,15 +45,11 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
         StorageError: for an address of another kind, or a bucket that does not exist.
     """
     if uri.startswith("s3://"):
-        bucket = uri.removeprefix("s3://").partition("/")[0]
-        filesystem = _s3()
+        path = uri.removeprefix("s3://").rstrip("/")
         try:
-            known = filesystem.get_file_info(bucket).type != fs.FileType.NotFound
+            return _open_bucket(path.partition("/")[0], _settings()), path
         except OSError as error:
             raise StorageError(f"{uri}: {_first_line(error)}") from None
-        if not known:
-            raise StorageError(f"{uri}: bucket {bucket!r} does not exist")
-        return filesystem, uri.removeprefix("s3://").rstrip("/")
     if uri.startswith(PACKAGE):
         return fs.LocalFileSystem(), str(_packaged(uri))
     if "://" in uri:
@@ -61,14 +62,46 @@ def address(filesystem: fs.FileSystem, path: str) -> str:
     return f"s3://{path}" if filesystem.type_name == "s3" else path
 
 
+class _S3(fs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no types
+    """pyarrow's own forgets how often to try again when it travels to another process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _s3, ()
+
+
+def _settings() -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
+
+
 def _s3() -> fs.FileSystem:
+    return _connect(_settings())
+
+
+@lru_cache(maxsize=8)
+def _open_bucket(bucket: str, settings: tuple[tuple[str, str], ...]) -> fs.FileSystem:
+    """Return the file system of a bucket; asked once, as long as it exists."""
+    filesystem = _connect(settings)
+    if filesystem.get_file_info(bucket).type == fs.FileType.NotFound:
+        raise FileNotFoundError(f"bucket {bucket!r} does not exist")
+    return filesystem
+
+
+@lru_cache(maxsize=8)
+def _connect(settings: tuple[tuple[str, str], ...]) -> fs.FileSystem:
     # pyarrow reads AWS_ENDPOINT_URL and the credentials itself, but takes the scheme from it only
     # in part: an explicit override works with every S3 server.
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if not endpoint:
-        return fs.S3FileSystem()
+    variables = dict(settings)
+    endpoint = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL") or ""
     scheme, _, host = endpoint.partition("://")
-    return fs.S3FileSystem(endpoint_override=host.rstrip("/"), scheme=scheme)
+    where = {"endpoint_override": host.rstrip("/"), "scheme": scheme} if endpoint else {}
+    return _S3(
+        # Not the standard strategy: pyarrow never refills its allowance of 100 retries a process.
+        retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=PATIENCE),
+        allow_delayed_open=True,  # a small file in one request instead of three
+        connect_timeout=5,
+        request_timeout=30,
+        **where,
+    )
 
 
 def _packaged(uri: str) -> Path:
@@ -171,8 +204,18 @@ def write_file(uri: str, file: Path) -> None:
         shutil.copyfile(file, staged)
         os.replace(staged, target)
         return
-    with file.open("rb") as source, filesystem.open_output_stream(path) as stream:
-        shutil.copyfileobj(source, stream, 1 << 22)
+    _upload(file, filesystem, path)
+
+
+def _upload(file: Path, filesystem: fs.FileSystem, path: str) -> None:
+    # In one call that nothing interrupts: a stream that is left half-way closes, and what it had
+    # so far becomes the object.
+    fs.copy_files(
+        str(file),
+        path,
+        source_filesystem=fs.LocalFileSystem(),
+        destination_filesystem=filesystem,
+    )
 
 
 def delete(uri: str) -> None:
@@ -205,11 +248,7 @@ def publish(folder: Path, uri: str, last: str) -> None:
     delete(uri)
     names = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
     for name in sorted(names, key=lambda n: n == last):
-        with (
-            (folder / name).open("rb") as source,
-            filesystem.open_output_stream(f"{path}/{name}") as stream,
-        ):
-            shutil.copyfileobj(source, stream, 1 << 22)
+        _upload(folder / name, filesystem, f"{path}/{name}")
 
 
 def fetch(uri: str) -> Path:
