@@ -42,7 +42,7 @@ def wait_until_up(url: str, process: subprocess.Popen[bytes], timeout_s: float =
     """Return once the address answers at all; fail when the process ends or time runs out."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+        assert process.poll() is None, f"{process.args!r} ended with {process.returncode}"
         try:
             urllib.request.urlopen(url, timeout=2)
         except urllib.error.HTTPError:
