@@ -17,6 +17,7 @@ from torch.nn import functional
 from ultra import storage
 from ultra.config import ConfigError, EncoderConfig
 from ultra.model.pretrained import first_line
+from ultra.model.sam_attention import fuse_attention
 from ultra.model.vision_encoder import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -45,6 +46,7 @@ class SamEncoder(VisionEncoder):
             self.model: Any = build_sam_encoder(_read_sam_weights(path))
         except ValueError as error:
             raise ConfigError(f"encoder {config.name}: {config.weights}: {error}") from None
+        fuse_attention(self.model)
         self.digest = digest_weights(path)
         self.image_size = self.model.img_size
         own_grid = self.model.pos_embed.shape[1]
