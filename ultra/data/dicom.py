@@ -15,6 +15,7 @@ from ultra.data.dicom_file import (
     decode_frames,
     find_regions,
     is_lossy,
+    no_warnings,
     num_frames,
     parse_dicom,
 )
@@ -72,6 +73,7 @@ def is_dicom(data: bytes) -> bool:
     return data[128:132] == b"DICM"
 
 
+@no_warnings()
 def read_dicom(
     data: bytes,
     source: str,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +17,7 @@ from ultra.data.frames import Box, area, common
 
 MAX_CINE_FRAMES = 10_000
 
+_HEADER_BYTES = 2**18
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _TISSUE_OR_COLOUR = (1, 2)
 _SPATIAL_2D = 1
@@ -22,33 +26,75 @@ _NUMBERS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "SamplesPerPixel")
 _NEEDED = (*_NUMBERS, "PhotometricInterpretation", "PixelData")
 
 
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Keep pydicom's warnings out of the log: they quote what a file says."""
+    logger = logging.getLogger("pydicom")
+    with warnings.catch_warnings(action="ignore"):
+        logger.disabled = True
+        try:
+            yield
+        finally:
+            logger.disabled = False
+
+
+def parse_header(file: BinaryIO, max_bytes: int, tags: Sequence[str]) -> Any:
+    """Return some elements of a file; its pixels are not read where they come late enough.
+
+    Args:
+        file: open at its beginning.
+        max_bytes: read of it, should the elements stand far behind.
+        tags: the elements, by keyword; the last one tells whether all were reached.
+
+    Raises:
+        ValueError: for a file that is none, or that is deflated.
+    """
+    options = {"stop_before_pixels": True, "specific_tags": list(tags)}
+    head = file.read(_HEADER_BYTES)
+    if head[128:132] != b"DICM":
+        raise ValueError("not DICOM")
+    if len(head) < _HEADER_BYTES:
+        return _parse(head, **options)
+    try:
+        dataset = _parse(head, **options)
+    except ValueError:  # perhaps only because it was cut
+        dataset = {}
+    return dataset if tags[-1] in dataset else _parse(head + file.read(max_bytes), **options)
+
+
 def parse_dicom(data: bytes) -> Any:
     """Return the dataset of a file whose pixels can be decoded.
 
     Raises:
         ValueError: for a file that is none, that is deflated, or that lacks what decoding needs.
     """
+    from pydicom.uid import UID
+
+    dataset = _parse(data)
+    missing = [name for name in _NEEDED if name not in dataset]
+    if "PixelData" in missing:
+        raise ValueError("no pixels")
+    if missing:
+        raise ValueError(f"no {', '.join(missing)} in the header")
+    syntax = _value(dataset.file_meta, "TransferSyntaxUID")
+    if not isinstance(syntax, str) or not syntax:
+        raise ValueError("no transfer syntax in the header, so the pixels cannot be read")
+    if not _can_decode(syntax):
+        raise ValueError(f"transfer syntax {UID(syntax).name} is not supported")
+    return dataset
+
+
+def _parse(data: bytes, **options: Any) -> Any:
     import pydicom
 
     if _DEFLATED in data:  # pydicom would inflate it whole, whatever its size
         raise ValueError("deflated DICOM is not supported")
     try:
-        dataset = pydicom.dcmread(io.BytesIO(data))
-        missing = [name for name in _NEEDED if name not in dataset]
-        syntax = dataset.file_meta.get("TransferSyntaxUID")
+        return pydicom.dcmread(io.BytesIO(data), **options)
     except RecursionError:
         raise ValueError("sequences nested too deep") from None
     except Exception:  # pydicom raises many kinds for damaged files
         raise ValueError("damaged or not DICOM") from None
-    if "PixelData" in missing:
-        raise ValueError("no pixels")
-    if missing:
-        raise ValueError(f"no {', '.join(missing)} in the header")
-    if not isinstance(syntax, str) or not syntax:
-        raise ValueError("no transfer syntax in the header, so the pixels cannot be read")
-    if not _can_decode(syntax):
-        raise ValueError(f"transfer syntax {pydicom.uid.UID(syntax).name} is not supported")
-    return dataset
 
 
 def _can_decode(syntax: str) -> bool:

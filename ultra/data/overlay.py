@@ -59,7 +59,8 @@ def find_still_overlay(pixels: NDArray[np.uint8], reader: Reader | None) -> Over
             )
         return Overlay((), "no text-like shape in the still")
     boxes = _mask_until_unread(pixels, (), reader, sideways=0)
-    unread = len(find_text(mask(pixels, boxes)))
+    shapes = find_text(mask(pixels, boxes))
+    unread = sum(not _is_masked(shape, pixels, boxes) for shape in shapes)
     evidence = _told("OCR", boxes)
     if unread:
         evidence += f"; nothing is read in {unread} text-like shapes, not even enlarged"
