@@ -77,6 +77,8 @@ class DataConfig(Section):
     """Whether every other question tells the site (section 4.2 of the paper)."""
     assume_deidentified: str = ""
     """The user's signed statement ("who, when") that plain JPEG and PNG carry no identity."""
+    ocr: Literal["auto", "off", "require"] = "auto"
+    """Whether letters inside DICOM regions are read and masked; auto: where ultra[ocr] is there."""
     patient_key_secret: str = ""
     """Key of the pseudonyms; empty means a fresh random one for every run of prepare."""
     validation_fraction: Fraction = 0.1

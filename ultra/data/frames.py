@@ -114,6 +114,16 @@ def sample_evenly(count: int, cap: int) -> list[int]:
     return [int(i) for i in np.linspace(0, count - 1, cap).round()]
 
 
+def area(box: Box) -> int:
+    """Return the pixels of a box; none where it is inside out."""
+    return max(0, box[2] - box[0]) * max(0, box[3] - box[1])
+
+
+def common(a: Box, b: Box) -> Box:
+    """Return what two boxes share; inside out where that is nothing."""
+    return max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
+
+
 def find_text(pixels: NDArray[np.uint8], contrast: int = 40) -> list[Box]:
     """Return the boxes of a frame that look like written text.
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import base64
-import logging
 import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from ultra.config import DataConfig
@@ -50,15 +46,14 @@ def read_frames(data: bytes, limits: Limits) -> list[Found]:
     if not _opening.acquire(blocking=False):
         raise too_busy()
     try:
-        with _no_warnings():
-            found = read_dicom(
-                data,
-                "",
-                max_pixels=limits.max_image_pixels,
-                max_frames=limits.max_frames,
-                duplicate_threshold=DataConfig().duplicate_threshold,
-                max_total_pixels=MAX_TOTAL_PIXELS,
-            )
+        found = read_dicom(
+            data,
+            "",
+            max_pixels=limits.max_image_pixels,
+            max_frames=limits.max_frames,
+            duplicate_threshold=DataConfig().duplicate_threshold,
+            max_total_pixels=MAX_TOTAL_PIXELS,
+        )
     except ValueError as error:
         raise ApiError(str(error), code="dicom_refused") from None
     finally:
@@ -66,18 +61,6 @@ def read_frames(data: bytes, limits: Limits) -> list[Found]:
     columns = list(zip(found.frames, found.frame_sources, found.evidence, strict=True))
     # Each pane has its share of frames, so two panes may come to twice as many.
     return [columns[i] for i in sample_evenly(len(columns), limits.max_frames)]
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Keep pydicom's warnings out of the log: they quote what a file says."""
-    logger = logging.getLogger("pydicom")
-    with warnings.catch_warnings(action="ignore"):
-        logger.disabled = True
-        try:
-            yield
-        finally:
-            logger.disabled = False
 
 
 def _data_url(frame: bytes) -> str:

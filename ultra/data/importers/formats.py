@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ultra.config import ConfigError, DataConfig
-from ultra.data.importers import folder, reader, simulated
+from ultra.data.importers import dicom, dicom_table, folder, reader, simulated
 from ultra.data.importers.entry import ExamEntry
 from ultra.data.importers.reader import ImportedExam
 
@@ -29,6 +29,8 @@ class Format:
 FORMATS = {
     "simulator": Format(simulated.list_exams, simulated.read_exam, reads_uri=False),
     "folder": Format(folder.list_exams),
+    "dicom": Format(dicom.list_exams),
+    "dicom-table": Format(dicom_table.list_exams),
 }
 
 

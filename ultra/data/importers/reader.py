@@ -18,6 +18,7 @@ from ultra.data.frames import (
 )
 from ultra.data.importers.entry import ExamEntry, patient_key
 from ultra.data.importers.records import TABLES
+from ultra.data.ocr import open_reader
 from ultra.types import FrameGroup
 
 _HEAD_BYTES = 132
@@ -145,6 +146,7 @@ def _from_dicom(data: bytes, path: str, place: int, config: DataConfig) -> tuple
             max_pixels=config.max_frame_pixels,
             max_frames=config.max_frames,
             duplicate_threshold=config.duplicate_threshold,
+            reader=open_reader(config.ocr),
         )
     except ValueError as error:
         raise ValueError(f"unsafe or unreadable DICOM: {path}: {error}") from None
