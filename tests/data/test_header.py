@@ -69,7 +69,8 @@ def test_of_a_description_only_parts_of_the_body_come_out(tags: dict[str, str], 
     ("model", "machine"),
     [
         ("LOGIQ 700", "LOGIQ 700"), ("EPIQ 7C", "EPIQ 7C"), ("CX50", "CX50"),
-        ("SSD-4000", "SSD-4000"), ("ZHANG SAN", ""), ("LOGIQ of Dr. Smith", ""), ("张建国", ""), ("", ""),
+        ("SSD-4000", "SSD-4000"), ("ZHANG SAN", ""), ("LOGIQ of Dr. Smith", ""), ("张建国", ""),
+        ("", ""),
     ],
 )  # fmt: skip
 def test_a_machine_is_named_by_its_product(model: str, machine: str) -> None:

@@ -100,6 +100,7 @@ def test_bad_exams_go_to_quarantine_with_their_reason_and_stop_nothing(tmp_path:
         },
         "splits": {"train": 2},
         "notes": {},
+        "scrubbed": {},
         "missing_files": 1,
         "first_missing": ("missing.jpg",),
     }
@@ -171,18 +172,19 @@ def test_a_missing_file_is_an_error_where_the_configuration_is_strict(tmp_path: 
 
 def test_counts_add_up() -> None:
     names = tuple("abcdefgh")
-    a = PrepareCounts(1, 2, 3, 4, {"x": 1}, {"test": 5}, {"odd": 1}, 8, names)
+    a = PrepareCounts(1, 2, 3, 4, {"x": 1}, {"test": 5}, {"odd": 1}, {"姓名": 1}, 8, names)
     b = PrepareCounts(
-        10, 20, 30, 40, {"x": 2, "a": 1}, {"train": 6}, {"odd": 2}, 3, ("i", "j", "k")
+        10, 20, 30, 40, {"x": 2, "a": 1}, {"train": 6}, {"odd": 2}, {"日期": 1}, 3, ("i", "j", "k")
     )
     assert a + b == PrepareCounts(
-        11,
-        22,
-        33,
-        44,
-        {"a": 1, "x": 3},
-        {"test": 5, "train": 6},
-        {"odd": 3},
-        11,
-        tuple("abcdefghij"),
+        exams=11,
+        frames=22,
+        duplicates_dropped=33,
+        quarantined=44,
+        quarantine_reasons={"a": 1, "x": 3},
+        splits={"test": 5, "train": 6},
+        notes={"odd": 3},
+        scrubbed={"姓名": 1, "日期": 1},
+        missing_files=11,
+        first_missing=tuple("abcdefghij"),
     )

@@ -110,6 +110,7 @@ class DataCard:
                 ("Counts", show_table([let_in])),
                 ("Splits", show_table(self.splits) + f"<p>{verdict}</p>"),
                 ("Left out, by reason", show_table(counts.reason_rows())),
+                ("Taken out of texts", show_table(_rows(counts.scrubbed, "kind"))),
                 ("Oddities of the set", show_table(_rows(counts.notes, "note"))),
                 ("Frames per exam", show_table(self.frames_per_exam)),
                 ("Repeats", show_table([dict(self.repeats)])),

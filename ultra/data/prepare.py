@@ -30,6 +30,7 @@ class PrepareCounts:
     Attributes:
         quarantine_reasons: exams by kind of reason.
         notes: oddities of the set, by kind, in exams that were let in.
+        scrubbed: identities taken out of texts, by kind.
         missing_files: files that the set names and that do not exist; the first few by name.
     """
 
@@ -40,6 +41,7 @@ class PrepareCounts:
     quarantine_reasons: Mapping[str, int] = field(default_factory=dict)
     splits: Mapping[str, int] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)
+    scrubbed: Mapping[str, int] = field(default_factory=dict)
     missing_files: int = 0
     first_missing: tuple[str, ...] = ()
 
@@ -52,6 +54,7 @@ class PrepareCounts:
             _sum(self.quarantine_reasons, other.quarantine_reasons),
             _sum(self.splits, other.splits),
             _sum(self.notes, other.notes),
+            _sum(self.scrubbed, other.scrubbed),
             self.missing_files + other.missing_files,
             (self.first_missing + other.first_missing)[:NUM_NAMED],
         )
@@ -86,6 +89,9 @@ class PrepareCounts:
         ]
         lines += [f"  {r['exams']:6} {r['reason']}" for r in self.reason_rows()]
         lines += [f"{count} exams with {note}" for note, count in self.notes.items()]
+        if self.scrubbed:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self.scrubbed.items())
+            lines.append(f"taken out of texts: {kinds}")
         return "\n".join([*lines, self.missing()] if self.missing_files else lines)
 
     def missing(self) -> str:
@@ -185,6 +191,7 @@ def _count_let_in(imported: ImportedExam, split: Split, notes: Iterable[str]) ->
         duplicates_dropped=imported.num_duplicates,
         splits={split: 1},
         notes=Counter(notes),
+        scrubbed=imported.scrubbed,
     )
 
 

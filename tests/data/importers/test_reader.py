@@ -10,9 +10,10 @@ from pydicom.data import get_testdata_file
 from tests.data.exam_folders import exam_line, picture, write_folder
 from ultra.config import DataConfig
 from ultra.data.frames import check_image, is_jpeg
-from ultra.data.importers.entry import patient_key
+from ultra.data.importers.entry import ExamEntry, patient_key
 from ultra.data.importers.folder import list_exams
 from ultra.data.importers.reader import ImportedExam, MissingFiles, images_uri, read_exam
+from ultra.types import Conversation, Turn
 
 
 def signed(folder: str, **changes: object) -> DataConfig:
@@ -114,6 +115,37 @@ def test_every_missing_file_is_counted_and_the_first_is_named(tmp_path: Path) ->
     with pytest.raises(MissingFiles, match=r"^missing file: no\.jpg and 1 more$") as refused:
         read_one(folder)
     assert refused.value.paths == ["no.jpg", "x/no.jpg"]
+
+
+def test_texts_and_ids_come_without_identities(tmp_path: Path) -> None:
+    line = exam_line(
+        "20240317065",
+        ["a.jpg"],
+        site="肝脏 检查医师：王小明",
+        history="患者姓名：张建国，电话13912345678。",
+        findings="肝右叶见12mm囊肿，2024年3月17日复查。",
+        diagnosis="肝囊肿。",
+    )
+    imported = read_one(write_folder(tmp_path, [line], {"a.jpg": picture(1)}))
+    group = imported.group
+    assert group.exam_id == patient_key("20240317065", "key")
+    assert group.site == "肝脏 检查医师：[姓名]"
+    assert group.history == "患者姓名：[姓名]，电话[电话]。"
+    assert group.findings == "肝右叶见12mm囊肿，[日期]复查。"
+    assert group.diagnosis == "肝囊肿。"
+    assert imported.scrubbed == {"exam_id": 1, "姓名": 2, "电话": 1, "日期": 1}
+
+
+def test_conversations_come_without_identities(tmp_path: Path) -> None:
+    config = signed(write_folder(tmp_path, [], {"a.jpg": picture(1)}))
+    turns = (Turn("user", "患者姓名：李四海。病变是什么？"), Turn("assistant", "囊肿。"))
+    entry = ExamEntry(
+        "x line 1", "E1", "P1", frames=("a.jpg",),
+        conversations=(Conversation("instruct", "kind", turns, question_id="7"),),
+    )  # fmt: skip
+    (conversation,) = read_exam(entry, config).group.conversations
+    assert conversation.turns[0].content == "患者姓名：[姓名]。病变是什么？"
+    assert (conversation.turns[1], conversation.question_id) == (turns[1], "7")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ultra import storage
@@ -19,6 +21,7 @@ from ultra.data.frames import (
 from ultra.data.importers.entry import ExamEntry, patient_key
 from ultra.data.importers.records import TABLES
 from ultra.data.ocr import open_reader
+from ultra.data.scrub import holds_identity, scrub
 from ultra.types import FrameGroup
 
 _HEAD_BYTES = 132
@@ -36,11 +39,18 @@ class MissingFiles(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ImportedExam:
-    """An exam that was let in, with what shows for each frame that it carries no identity."""
+    """An exam that was let in.
+
+    Attributes:
+        evidence: what shows for each frame that it carries no identity.
+        num_duplicates: frames that were dropped because they repeat another.
+        scrubbed: identities that its texts held, by kind.
+    """
 
     group: FrameGroup
     evidence: tuple[str, ...]
     num_duplicates: int = 0
+    scrubbed: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +81,7 @@ def read_exam(entry: ExamEntry, config: DataConfig) -> ImportedExam:
     if entry.reason:
         raise ValueError(entry.reason)
     frames, num_duplicates = _read_frames(entry, config)
+    entry, scrubbed = _scrub_texts(entry, config.patient_key_secret)
     frames = [frames[i] for i in sample_evenly(len(frames), config.max_frames)]
     group = FrameGroup(
         exam_id=entry.exam_id,
@@ -85,7 +96,37 @@ def read_exam(entry: ExamEntry, config: DataConfig) -> ImportedExam:
         frame_sources=tuple(frame.source for frame in frames),
         conversations=entry.conversations,
     )
-    return ImportedExam(group, tuple(frame.evidence for frame in frames), num_duplicates)
+    evidence = tuple(frame.evidence for frame in frames)
+    return ImportedExam(group, evidence, num_duplicates, scrubbed)
+
+
+def _scrub_texts(entry: ExamEntry, secret: str) -> tuple[ExamEntry, Counter[str]]:
+    """Return an entry without identities in its texts and its id, and what was found, by kind."""
+    found: Counter[str] = Counter()
+
+    def clean(text: str) -> str:
+        scrubbed = scrub(text)
+        found.update(scrubbed.counts)
+        return scrubbed.text
+
+    exam_id = entry.exam_id
+    if exam_id == entry.patient_id or holds_identity(exam_id):
+        exam_id = patient_key(exam_id, secret)
+        found["exam_id"] += 1
+    conversations = tuple(
+        replace(c, turns=tuple(replace(turn, content=clean(turn.content)) for turn in c.turns))
+        for c in entry.conversations
+    )
+    cleaned = replace(
+        entry,
+        exam_id=exam_id,
+        site=clean(entry.site),
+        history=clean(entry.history),
+        findings=clean(entry.findings),
+        diagnosis=clean(entry.diagnosis),
+        conversations=conversations,
+    )
+    return cleaned, found
 
 
 def _read_frames(entry: ExamEntry, config: DataConfig) -> tuple[list[_Frame], int]:
