@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ultra import storage
 from ultra.config import ConfigError, LanguageConfig
+from ultra.model.packing import plan_packing
 from ultra.model.pretrained import first_line, load_pretrained, split_gguf
 from ultra.types import IGNORED
 
@@ -66,11 +67,17 @@ class LanguageBranch(nn.Module):
         return ((n, p) for n, p in self.named_parameters() if ".lora_" in n)
 
     def forward(self, embeds_BSD: Tensor, mask_BS: Tensor) -> Tensor:
-        """Return logits_BSV."""
+        """Return logits_BSV of rows with padding on their right, where they mean nothing.
+
+        Rows that fit into the length of another are computed behind it (see `packing`).
+        """
+        packing = plan_packing(mask_BS)
         logits: Tensor = self.model(
-            inputs_embeds=embeds_BSD, attention_mask=mask_BS.long(), use_cache=False
+            inputs_embeds=packing.pack(embeds_BSD),
+            position_ids=packing.positions_PL,
+            use_cache=False,
         ).logits
-        return logits
+        return packing.unpack(logits)
 
 
 def load_language_model(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
