@@ -169,3 +169,12 @@ def test_a_bucket_that_is_made_later_is_found(s3_server: SeaweedFS) -> None:
     uri = s3_server.make_bucket("made-later")
     storage.write_bytes(f"{uri}/x", b"1")
     assert storage.read_bytes(f"{uri}/x") == b"1"
+
+
+def test_links_in_a_circle_are_followed_once(tmp_path: Path) -> None:
+    storage.write_bytes(f"{tmp_path}/a/b/x.gif", b"x")
+    (tmp_path / "a" / "b" / "loop").symlink_to(tmp_path / "a")
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "b.gif").symlink_to(tmp_path / "a" / "b" / "x.gif")
+    assert storage.list_files(str(tmp_path)) == [f"{tmp_path}/a/b/x.gif", f"{tmp_path}/b.gif"]

@@ -119,11 +119,30 @@ def exists(uri: str) -> bool:
 
 
 def list_files(uri: str, suffix: str = "") -> list[str]:
-    """Return the addresses of all files under a folder, sorted; none where it does not exist."""
+    """Return the addresses of all files under a folder, sorted; none where it does not exist.
+
+    A folder that links lead to twice is entered once, so links in a circle are no harm.
+    """
     filesystem, path = resolve(uri)
-    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
-    files = (info.path for info in filesystem.get_file_info(selector) if info.is_file)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        files = _walk(path)
+    else:
+        selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+        files = (info.path for info in filesystem.get_file_info(selector) if info.is_file)
     return sorted(join(uri, os.path.relpath(f, path)) for f in files if f.endswith(suffix))
+
+
+def _walk(path: str) -> Iterator[str]:
+    entered = {os.path.realpath(path)}
+    for folder, names, files in os.walk(path, followlinks=True):
+        inner = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(names)}
+        names[:] = []
+        for name, real in inner.items():
+            if real not in entered:
+                entered.add(real)
+                names.append(name)
+        found = (os.path.join(folder, file) for file in files)
+        yield from (file for file in found if os.path.isfile(file))
 
 
 def open_read(uri: str) -> BinaryIO:

@@ -118,10 +118,11 @@ def list_entries(config: DataConfig) -> Iterator[ExamEntry]:
     """
     seen: dict[str, str] = {}
     for entry in find_format(config).list_exams(config):
-        first = seen.setdefault(entry.exam_id, entry.source)
-        # The simulator's exams share a source, and their ids differ by construction.
-        if first != entry.source and not entry.reason:
-            entry = replace(entry, reason=f"duplicate exam_id: also at {first}")
+        if not entry.reason:
+            first = seen.setdefault(entry.exam_id, entry.source)
+            # The simulator's exams share a source, and their ids differ by construction.
+            if first != entry.source:
+                entry = replace(entry, reason=f"duplicate exam_id: also at {first}")
         yield entry
 
 

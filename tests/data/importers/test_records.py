@@ -95,3 +95,69 @@ def test_a_line_without_end_is_cut_off(tmp_path: Path, monkeypatch: pytest.Monke
     first, second = read(tmp_path, "a.jsonl", b'"' + b"x" * 5000 + b'"\n{"a": 1}')
     assert first.reason == "over the caps: a line of more than 100 bytes"
     assert second.value == {"a": 1}
+
+
+def test_lists_under_every_key(tmp_path: Path) -> None:
+    data = json.dumps({"train": ROWS[:1], "about": {"x": [1]}, "test": ROWS[1:]}).encode()
+    found = read(tmp_path, "a.json", data, items="*.item")
+    assert [record.value for record in found] == ROWS
+    assert records.is_object(f"{tmp_path}/a.json")
+    read(tmp_path, "b.json", b"\xef\xbb\xbf [7]")
+    assert not records.is_object(f"{tmp_path}/b.json")
+
+
+@pytest.mark.parametrize("depth", [63, 64, 100_000])
+def test_what_is_nested_too_deep_is_one_bad_record(tmp_path: Path, depth: int) -> None:
+    data = b'[{"id": ' + b"[" * depth + b"]" * depth + b'}, {"id": "after"}]'
+    first, after = read(tmp_path, "a.json", data)
+    # The list of records and the record itself are two more.
+    assert first.reason == ("malformed record: nested deeper than 64" if depth > 62 else "")
+    assert after.value == {"id": "after"}
+
+
+def test_numbers_of_any_size(tmp_path: Path) -> None:
+    (whole, part, huge, after) = read(
+        tmp_path, "a.json", b'[{"n": 123456789012345678901}, {"n": 0.25}, {"n": 1e999}, {"n": 1}]'
+    )
+    assert whole.value == {"n": 123456789012345678901}
+    assert part.value == {"n": 0.25}
+    assert huge.value == {"n": float("inf")}
+    assert after.value == {"n": 1}
+    (refused,) = read(tmp_path, "a.json", b'[{"n": ' + b"9" * 5000 + b"}]")
+    assert refused.reason.startswith("malformed file: not JSON from there on: Exceeds the limit")
+
+
+def test_python_s_nan_in_a_line_is_nothing(tmp_path: Path) -> None:
+    (found,) = read(tmp_path, "a.jsonl", b'{"a": NaN, "b": -Infinity}')
+    assert found.value == {"a": None, "b": None}
+
+
+def test_a_bad_file_s_reason_quotes_nothing_of_it(tmp_path: Path) -> None:
+    (bad,) = read(tmp_path, "a.json", '[{"name": "张建国" "id": 7}]'.encode())
+    assert bad.reason.startswith("malformed file: not JSON from there on: parse error")
+    assert "张建国" not in bad.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("s3://b/train/set.json", None),
+        ("train_2.csv", "train"),
+        ("validate.json", "validation"),
+        ("openi-VAL.json", "validation"),
+        ("slake_test.json", "test"),
+        ("contest.json", None),
+    ],
+)
+def test_a_file_s_name_says_its_split(name: str, split: str | None) -> None:
+    assert records.split_in_name(name) == split
+
+
+def test_the_files_of_a_folder_that_are_named_after_splits(tmp_path: Path) -> None:
+    for name in ("train.json", "test.json", "notes.json", "test.txt", "sub/train.json"):
+        storage.write_bytes(f"{tmp_path}/{name}", b"[]")
+    assert records.split_files(f"{tmp_path}/") == [
+        f"{tmp_path}/test.json",
+        f"{tmp_path}/train.json",
+    ]
+    assert records.split_files("any/notes.json") == ["any/notes.json"]

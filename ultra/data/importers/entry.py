@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
 
 from ultra.data.importers.records import Record
 from ultra.types import Conversation, Split
@@ -17,9 +28,48 @@ from ultra.types import Conversation, Split
 MAX_FILES = 1024
 """Files of one exam."""
 
-Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+MAX_PATH_BYTES = 1024
+"""Of the path of a file, as object stores have it."""
+MAX_NAME_BYTES = 255
+"""Of one part of a path, as file systems have it."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
+
+
+def _refuse_control(text: str) -> str:
+    if _CONTROL.search(text):
+        raise ValueError("control characters")
+    return text
+
+
+def _refuse_infinite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("not a finite number")
+    return value
+
+
+Text = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True),
+    BeforeValidator(_refuse_infinite),
+    AfterValidator(_refuse_control),
+]
+Name = Annotated[Text, StringConstraints(min_length=1)]
 """A name or number that must not be empty."""
-Text = Annotated[str, StringConstraints(strip_whitespace=True)]
+
+_MODALITIES = {
+    "ultrasound": "US", "mri": "MR", "ct_scan": "CT", "x-ray": "DX", "xray": "DX",
+    "chest_xray": "DX", "histology": "SM", "gross": "XC",
+}  # fmt: skip
+
+
+def code_modality(name: str) -> str:
+    """Return the DICOM code of a modality; a name that is not known is its own, in capitals."""
+    return _MODALITIES.get(name.strip().lower().replace(" ", "_"), name.strip().upper())
+
+
+Modality = Annotated[Text, AfterValidator(code_modality)]
+"""A modality in a set's own words, as its DICOM code."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +111,8 @@ class Row(BaseModel):
 
 R = TypeVar("R", bound=Row)
 
+_NAME: TypeAdapter[str] = TypeAdapter(Name, config=ConfigDict(coerce_numbers_to_str=True))
+
 
 def parse(record: Record, kind: type[R]) -> R:
     """Return a record as a row of its set.
@@ -86,20 +138,44 @@ def to_entries(
         convert: makes the exam; a ValueError says why it cannot.
     """
     for record in records:
+        yield _entry(record.place, name_of(record), partial(convert, record))
+
+
+def to_grouped_entries(
+    records: Iterable[Record],
+    kind: type[R],
+    key: Callable[[R], str],
+    convert: Callable[[str, list[R]], ExamEntry],
+) -> Iterator[ExamEntry]:
+    """Yield the bad records as they come, then the exam of each group of rows, in order.
+
+    The rows, which are texts only, are held until the last record is read.
+
+    Args:
+        records: several for an exam.
+        kind: of the rows.
+        key: what the rows of one exam share.
+        convert: makes the exam of the place of its first row and of its rows.
+    """
+    groups: dict[str, tuple[str, list[R]]] = {}
+    for record in records:
         try:
-            entry = convert(record)
+            row = parse(record, kind)
         except ValueError as error:
-            yield ExamEntry(record.place, name_of(record), reason=str(error))
+            yield ExamEntry(record.place, record.place, reason=str(error))
         else:
-            yield replace(entry, reason=entry.reason or why_unusable(entry))
+            groups.setdefault(key(row), (record.place, []))[1].append(row)
+    for place, rows in groups.values():
+        yield _entry(place, place, partial(convert, place, rows))
 
 
 def name_of(record: Record) -> str:
     """Return what a bad record calls its exam, or its place where it says nothing usable."""
-    for key in ("exam_id", "uid", "id", "image_id", "question_id", "qid"):
-        value = record.value.get(key)
-        if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
-            return str(value).strip()
+    for key in ("exam_id", "uid", "id", "question_id"):
+        try:
+            return _NAME.validate_python(record.value.get(key))
+        except ValidationError:
+            continue
     return record.place
 
 
@@ -112,6 +188,11 @@ def why_unusable(entry: ExamEntry) -> str:
     if len(entry.frames) > MAX_FILES:
         return f"over the caps: {len(entry.frames)} files, at most {MAX_FILES} are let in"
     for path in entry.frames:
+        too_long = len(path.encode()) > MAX_PATH_BYTES or any(
+            len(part.encode()) > MAX_NAME_BYTES for part in path.split("/")
+        )
+        if too_long or _CONTROL.search(path):
+            return f"path of no file: {path[:80]!r}"
         pure = PurePosixPath(path.replace("\\", "/"))
         if not path or pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
             return f"path outside the folder: {path!r}"
@@ -123,13 +204,26 @@ def patient_key(patient_id: str, secret: str) -> str:
     return hmac.new(secret.encode(), patient_id.encode(), hashlib.sha256).hexdigest()[:16]
 
 
+def _entry(place: str, name: str, convert: Callable[[], ExamEntry]) -> ExamEntry:
+    try:
+        entry = convert()
+    except ValueError as error:
+        return ExamEntry(place, name, reason=str(error))
+    return replace(entry, reason=entry.reason or why_unusable(entry))
+
+
 def _explain(error: ValidationError) -> str:
     items: list[Any] = error.errors(include_url=False, include_context=False, include_input=False)
     missing = [_place(item["loc"]) for item in items if item["type"] == "missing"]
     if missing:
         return f"missing keys: {', '.join(missing)}"
-    wrong = [f"{_place(item['loc'])}: {item['msg'][:1].lower()}{item['msg'][1:]}" for item in items]
+    wrong = [f"{_place(item['loc'])}: {_plain(item['msg'])}" for item in items]
     return f"wrong values: {'; '.join(wrong[:3])}"
+
+
+def _plain(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
 
 
 def _place(keys: Iterable[Any]) -> str:

@@ -6,7 +6,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ultra.config import ConfigError, DataConfig
-from ultra.data.importers import dicom, dicom_table, folder, reader, simulated
+from ultra.data.importers import (
+    chimed_vl,
+    dicom,
+    dicom_table,
+    folder,
+    llava,
+    llava_med_eval,
+    messages,
+    openi_zh,
+    pmc_vqa,
+    reader,
+    report_json,
+    simulated,
+    slake,
+)
 from ultra.data.importers.entry import ExamEntry
 from ultra.data.importers.reader import ImportedExam
 
@@ -31,6 +45,14 @@ FORMATS = {
     "folder": Format(folder.list_exams),
     "dicom": Format(dicom.list_exams),
     "dicom-table": Format(dicom_table.list_exams),
+    "report-json": Format(report_json.list_exams),
+    "llava": Format(llava.list_exams),
+    "llava-med-eval": Format(llava_med_eval.list_exams),
+    "messages": Format(messages.list_exams),
+    "slake": Format(slake.list_exams),
+    "openi-zh": Format(openi_zh.list_exams),
+    "pmc-vqa": Format(pmc_vqa.list_exams),
+    "chimed-vl": Format(chimed_vl.list_exams),
 }
 
 

@@ -6,19 +6,31 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, BinaryIO
 
 import ijson
+from ijson.common import ObjectBuilder
 
 from ultra import storage
 from ultra.config import ConfigError
+from ultra.types import Split
 
 MAX_RECORD_BYTES = 16 * 2**20
 """Of one line, or one field of a CSV file."""
 
+MAX_DEPTH = 64
+"""Lists and objects around a value."""
+
 TABLES = (".json", ".jsonl", ".csv", ".tsv")
+
+_TOO_DEEP = object()
+_SPLITS: dict[str, Split] = {
+    "train": "train", "training": "train", "val": "validation", "valid": "validation",
+    "validate": "validation", "validation": "validation", "dev": "validation", "test": "test",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +50,8 @@ def read_records(uri: str, encoding: str = "utf-8", items: str = "item") -> Iter
     Args:
         uri: a `.jsonl`, `.json`, `.csv` or `.tsv` file; a byte order mark is no error.
         encoding: of its text; one in which a line feed is a line feed.
-        items: where the records of a `.json` file are, as ijson has it: `item` for a list,
-            `annotations.item` for a list under a key.
+        items: where the records of a `.json` file are: `item` for a list, `annotations.item` for a
+            list under a key, `*.item` for the lists under every key.
 
     Raises:
         ConfigError: for another kind of file, or an unknown encoding.
@@ -62,6 +74,40 @@ def read_records(uri: str, encoding: str = "utf-8", items: str = "item") -> Iter
         raise ConfigError(f"data.source_uri: {uri}: one of {', '.join(TABLES)} is read here")
 
 
+def is_object(uri: str, encoding: str = "utf-8") -> bool:
+    """Return whether a `.json` file holds an object, not a list.
+
+    Raises:
+        StorageError: when there is no such file.
+    """
+    with storage.open_read(uri) as file:
+        head = file.read(1024).decode(encoding, errors="replace")
+    return head.removeprefix("\ufeff").lstrip().startswith("{")
+
+
+def split_files(uri: str) -> list[str]:
+    """Return a file itself, or those files of a folder whose names say which split they hold.
+
+    Raises:
+        StorageError: for a folder without any.
+    """
+    if uri.endswith(TABLES):
+        return [uri]
+    files = [file for file in storage.list_files(uri) if file.rsplit("/", 1)[0] == uri.rstrip("/")]
+    found = [file for file in files if file.endswith(TABLES) and split_in_name(file)]
+    if not found:
+        raise storage.StorageError(f"{uri}: no file named after a split, such as train.json")
+    return found
+
+
+def split_in_name(uri: str) -> Split | None:
+    """Return the split that the name of a file says it holds, e.g. `train_2.csv`."""
+    for word in re.split(r"[^a-z]+", uri.rsplit("/", 1)[-1].lower()):
+        if word in _SPLITS:
+            return _SPLITS[word]
+    return None
+
+
 def parse_line(place: str, line: bytes, encoding: str = "utf-8") -> Record:
     """Return the record of one line of JSON."""
     if len(line) > MAX_RECORD_BYTES:
@@ -71,7 +117,8 @@ def parse_line(place: str, line: bytes, encoding: str = "utf-8") -> Record:
     except UnicodeDecodeError:
         return Record(place, reason=f"malformed line: not {encoding} text")
     try:
-        value = json.loads(text)
+        # Python writes NaN where a table had nothing.
+        value = json.loads(text, parse_constant=lambda name: None)
     except (ValueError, RecursionError):
         return Record(place, reason="malformed line: not JSON")
     return _object(place, value)
@@ -86,14 +133,45 @@ def _read_lines(uri: str, name: str, encoding: str) -> Iterator[Record]:
 def _read_json(uri: str, name: str, encoding: str, items: str) -> Iterator[Record]:
     number = 0
     with storage.open_read(uri) as file:
-        found = ijson.items(_Recoded(file, encoding), items, use_float=True)
+        events = ijson.basic_parse(_Recoded(file, encoding))
         try:
-            for number, value in enumerate(found, start=1):
+            for number, value in enumerate(_build(events, items.split(".")), start=1):
                 yield _object(f"{name} item {number}", value)
-        except (ijson.JSONError, UnicodeError, RecursionError) as error:
-            why = re.sub(r"\s+", " ", str(error))[:80]
+        # Python reads no number of 5000 digits, which comes out of ijson as one of the last two.
+        except (ijson.JSONError, ValueError, SystemError) as error:
+            why = str(error.__cause__ or error).splitlines()[0][:80]  # below, it quotes the file
             place = f"{name} after item {number}"
             yield Record(place, reason=f"malformed file: not JSON from there on: {why}")
+
+
+def _build(events: Iterable[tuple[str, Any]], wanted: list[str]) -> Iterator[Any]:
+    """Yield the values at a path; _TOO_DEEP for one that is nested deeper than MAX_DEPTH.
+
+    ijson's own `items` needs memory with the square of the depth, which a small file can abuse.
+    """
+    path: list[str] = []  # of the lists and objects that are open: `item`, or the current key
+    builder, too_deep = None, False
+    for event, value in events:
+        if event == "map_key":
+            path[-1] = value
+        elif event.startswith("end"):
+            path.pop()
+        elif builder is None and len(path) == len(wanted) and all(map(_fits, wanted, path)):
+            builder = ObjectBuilder()
+        if event.startswith("start"):
+            path.append("" if event == "start_map" else "item")
+        if builder is None:
+            continue
+        too_deep |= len(path) > MAX_DEPTH
+        if not too_deep:
+            builder.event(event, float(value) if isinstance(value, Decimal) else value)
+        if len(path) == len(wanted):
+            yield _TOO_DEEP if too_deep else builder.value
+            builder, too_deep = None, False
+
+
+def _fits(wanted: str, name: str) -> bool:
+    return wanted in ("*", name)
 
 
 def _read_csv(uri: str, name: str, encoding: str) -> Iterator[Record]:
@@ -125,6 +203,8 @@ def _csv_record(place: str, row: dict[str | Any, Any], encoding: str) -> Record:
 
 
 def _object(place: str, value: Any) -> Record:
+    if value is _TOO_DEEP:
+        return Record(place, reason=f"malformed record: nested deeper than {MAX_DEPTH}")
     if not isinstance(value, dict):
         return Record(place, reason="malformed line: not a JSON object")
     return Record(place, value)
