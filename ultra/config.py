@@ -69,6 +69,10 @@ class DataConfig(Section):
     quarantine_uri: str = "{root}/quarantine"
     audit_uri: str = "{root}/audit"
     """One row per frame let in: what shows that it carries no identity."""
+    export_uri: str = "{root}/export"
+    """Where `ray_jobs.export` writes exams for other trainers."""
+    export_format: Literal["llava", "messages"] = "llava"
+    """llava: a JSON list as LLaVA reads it; messages: JSON lines as LLaMA-Factory, ms-swift do."""
     card_uri: str = "{root}/card"
     """The data card: `index.html` for people, and lists of what was let in and left out."""
     features_uri: str = "{root}/features"
@@ -76,7 +80,7 @@ class DataConfig(Section):
     site_cue: bool = True
     """Whether every other question tells the site (section 4.2 of the paper)."""
     assume_deidentified: str = ""
-    """The user's signed statement ("who, when") that plain JPEG and PNG carry no identity."""
+    """The user's signed statement ("who, when") that plain images and videos carry no identity."""
     ocr: Literal["auto", "off", "require"] = "auto"
     """Whether letters inside DICOM regions are read and masked; auto: where ultra[ocr] is there."""
     patient_key_secret: str = ""
@@ -88,7 +92,7 @@ class DataConfig(Section):
     max_frame_bytes: Positive = 32 * 2**20
     max_frame_pixels: Positive = 25_000_000
     max_dicom_bytes: Positive = 512 * 2**20
-    """Size of a DICOM file, which may hold a whole cine."""
+    """Size of a DICOM or video file, which may hold a whole cine."""
     duplicate_threshold: Annotated[float, Field(ge=0)] = 2.0
     """Mean absolute difference, in grey levels, below which a frame repeats the one kept before."""
     exams_per_file: Positive = 1024

@@ -20,6 +20,7 @@ from ultra.data.importers import (
     report_json,
     simulated,
     slake,
+    video,
 )
 from ultra.data.importers.entry import ExamEntry
 from ultra.data.importers.reader import ImportedExam
@@ -53,6 +54,7 @@ FORMATS = {
     "openi-zh": Format(openi_zh.list_exams),
     "pmc-vqa": Format(pmc_vqa.list_exams),
     "chimed-vl": Format(chimed_vl.list_exams),
+    "video": Format(video.list_exams),
 }
 
 

@@ -22,6 +22,7 @@ from ultra.data.importers.entry import ExamEntry, patient_key
 from ultra.data.importers.records import TABLES
 from ultra.data.ocr import open_reader
 from ultra.data.scrub import holds_identity, scrub
+from ultra.data.video import read_video, video_kind
 from ultra.types import FrameGroup
 
 _HEAD_BYTES = 132
@@ -139,6 +140,10 @@ def _read_frames(entry: ExamEntry, config: DataConfig) -> tuple[list[_Frame], in
             found, repeated = _from_dicom(data, path, place, config)
             frames += found
             num_duplicates += repeated
+        elif video_kind(data):
+            found, repeated = _from_video(data, path, place, config)
+            frames += found
+            num_duplicates += repeated
         else:
             frame, small = _from_image(data, path, place, config)
             positions.append(len(frames))
@@ -167,7 +172,8 @@ def _read_file(folder_uri: str, path: str, config: DataConfig) -> bytes:
     try:
         with storage.open_read(uri) as file:
             head = file.read(_HEAD_BYTES)
-            limit = config.max_dicom_bytes if is_dicom(head) else config.max_frame_bytes
+            is_cine = is_dicom(head) or video_kind(head)
+            limit = config.max_dicom_bytes if is_cine else config.max_frame_bytes
             data = head + file.read(limit + 1 - len(head))
     except OSError:
         # Asking again tells a missing file from a store that is down, which must stop the job.
@@ -195,12 +201,38 @@ def _from_dicom(data: bytes, path: str, place: int, config: DataConfig) -> tuple
     return [_Frame(*column) for column in columns], found.num_duplicates
 
 
-def _from_image(data: bytes, path: str, place: int, config: DataConfig) -> tuple[_Frame, Any]:
-    """Return a plain image as a clean frame, and its thumbnail."""
+def _from_video(data: bytes, path: str, place: int, config: DataConfig) -> tuple[list[_Frame], int]:
+    evidence = _statement(path, config)
+    try:
+        found = read_video(
+            data,
+            str(place),
+            max_pixels=config.max_frame_pixels,
+            max_frames=config.max_frames,
+            duplicate_threshold=config.duplicate_threshold,
+        )
+    except ValueError as error:
+        raise ValueError(f"unreadable video: {path}: {error}") from None
+    columns = zip(found.frames, found.frame_sizes, found.frame_sources, strict=True)
+    return [_Frame(*column, evidence) for column in columns], found.num_duplicates
+
+
+def _statement(path: str, config: DataConfig) -> str:
+    """Return what speaks for pixels that nothing else shows to be clean.
+
+    Raises:
+        ValueError: where nobody has signed for them.
+    """
     if not config.assume_deidentified:
         raise ValueError(
-            f"identity not excluded: {path}: a plain image needs data.assume_deidentified"
+            f"identity not excluded: {path}: a plain image or video needs data.assume_deidentified"
         )
+    return f"stated by {config.assume_deidentified}"
+
+
+def _from_image(data: bytes, path: str, place: int, config: DataConfig) -> tuple[_Frame, Any]:
+    """Return a plain image as a clean frame, and its thumbnail."""
+    evidence = _statement(path, config)
     try:
         pixels = decode_frame(
             data, max_bytes=config.max_frame_bytes, max_pixels=config.max_frame_pixels
@@ -211,6 +243,6 @@ def _from_image(data: bytes, path: str, place: int, config: DataConfig) -> tuple
         data=encode_frame(pixels, lossy=is_jpeg(data)),
         size=(pixels.shape[1], pixels.shape[0]),
         source=str(place),
-        evidence=f"stated by {config.assume_deidentified}",
+        evidence=evidence,
     )
     return frame, thumbnail(pixels)
