@@ -48,7 +48,7 @@ def test_a_set_with_a_byte_order_mark(tmp_path: Path, layout: str) -> None:
     first, second, third = found.exams.values()
     assert (first.exam_id, first.findings, first.split) == ("7", "肝囊肿_2DS_mm 7", "train")
     assert first.frame_sizes == ((48, 32), (48, 32))
-    assert first.patient_key == patient_key("7", "key")
+    assert first.patient_key == patient_key("exam 7", "key")
     assert first.conversations == ()
     assert (second.site, second.diagnosis, second.split) == ("肝", "囊肿", "validation")
     assert second.patient_key == patient_key("P", "key")

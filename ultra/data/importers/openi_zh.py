@@ -51,7 +51,7 @@ def _entry(place: str, rows: list[OpeniRow]) -> ExamEntry:
     return ExamEntry(
         source=place,
         exam_id=report,
-        patient_id=report,
+        patient_id=f"report {report}",
         site="胸部",
         findings=caption,
         modality="DX",

@@ -50,7 +50,7 @@ def _entry(record: Record) -> ExamEntry:
     return ExamEntry(
         source=record.place,
         exam_id=row.uid,
-        patient_id=row.patient_id or row.uid,
+        patient_id=row.patient_id or f"exam {row.uid}",
         site=row.site,
         findings=row.finding,
         diagnosis=row.diagnosis,

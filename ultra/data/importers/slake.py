@@ -50,7 +50,7 @@ def _list_file(uri: str, config: DataConfig) -> Iterator[ExamEntry]:
         return ExamEntry(
             source=place,
             exam_id=first.img_id,
-            patient_id=first.img_id,
+            patient_id=f"image {first.img_id}",
             site=first.location,
             modality=first.modality,
             frames=(first.img_name if config.images_uri else f"imgs/{first.img_name}",),
