@@ -21,6 +21,7 @@ import ray.data
 from ultra import storage
 from ultra.config import ConfigError, DataConfig, EncodeConfig
 from ultra.data import parquet
+from ultra.data.export import ExportCounts, export_part, join_pieces
 from ultra.data.features import Encode, features_uri, write_features
 from ultra.data.importers.entry import ExamEntry
 from ultra.data.prepare import (
@@ -141,6 +142,18 @@ def write_instructions(config: DataConfig) -> int:
     )
     parquet.publish_parts(config.exams_uri, parts)
     return sum(part.num_rows for part in parts)
+
+
+def export(config: DataConfig) -> tuple[ExportCounts, list[str]]:
+    """Write every exam for other trainers; return what was written, and the files of rows.
+
+    Raises:
+        StorageError: when there is no complete table of exams, or the target cannot be reached.
+    """
+    storage.resolve(config.export_uri)
+    parts = parquet.read_parts(config.exams_uri)
+    written = _map(parts, lambda part: export_part(part, config))
+    return sum(written, ExportCounts()), join_pieces(parts, config)
 
 
 @dataclass(frozen=True, slots=True)
