@@ -32,7 +32,9 @@ def json_lines(rows: list[Any]) -> bytes:
     return b"\n".join(json_list(row) for row in rows)
 
 
-def config_of(folder: Path, format: str, source: str = "", **changes: Any) -> DataConfig:
+def config_of(
+    folder: Path | str | str, format: str, source: str = "", **changes: Any
+) -> DataConfig:
     addresses = {f"{name}_uri": f"{folder}/{name}" for name in ("exams", "quarantine", "audit")}
     return DataConfig.model_validate(
         {
@@ -46,13 +48,13 @@ def config_of(folder: Path, format: str, source: str = "", **changes: Any) -> Da
     )
 
 
-def write_set(folder: Path, files: dict[str, bytes]) -> None:
+def write_set(folder: Path | str | str, files: dict[str, bytes]) -> None:
     for name, data in files.items():
         storage.write_bytes(f"{folder}/set/{name}", data)
 
 
 def import_set(
-    folder: Path, format: str, source: str, files: dict[str, bytes], **changes: Any
+    folder: Path | str, format: str, source: str, files: dict[str, bytes], **changes: Any
 ) -> Imported:
     """Write a set, bring it in, and return what its tables hold."""
     write_set(folder, files)

@@ -83,9 +83,9 @@ FILES: dict[str, tuple[bytes, str, str]] = {
         _VIDEO,
         "65535 x 65535 pixels, at most 25000000",
     ),
-    "gif-hollow": (_FILMS["gif"][:13] + b";", _VIDEO, ""),
-    "dicom-cut": (_cut(_STILL, 0.5, 0.9), _DICOM, ""),
-    "dicom-head": (_STILL[:140], _DICOM, ""),
+    "gif-hollow": (_FILMS["gif"][:13] + b";", _VIDEO, _CUT),
+    "dicom-cut": (_cut(_STILL, 0.5, 0.9), _DICOM, "damaged pixel data"),
+    "dicom-head": (_STILL[:140], _DICOM, "no pixels"),
     "dicom-no-region": (dicom_bytes(tissue(1)), _DICOM, "no ultrasound region"),
     "dicom-lying-region": (
         dicom_bytes(tissue(1), region(0, 0, 9000, 9000)),
@@ -93,9 +93,9 @@ FILES: dict[str, tuple[bytes, str, str]] = {
         "region (0, 0) to (9000, 9000) does not fit",
     ),
     "dicom-bomb": (
-        _patched(_STILL, _STILL.index(b"\x28\x00\x10\x00US") + 8, b"\xff\xff"),
+        dicom_bytes(tissue(1), region(*REGION), Rows=65535, Columns=65535),
         _DICOM,
-        "",
+        "65535 x 65535 pixels, at most 25000000 are let in",
     ),
 }
 """Damaged files: content, kind of the reason, and how what follows the path in it begins."""

@@ -80,6 +80,12 @@ def test_one_file_with_its_images_elsewhere(tmp_path: Path) -> None:
     assert found.counts.splits == {"test": 1}
 
 
+def test_the_folder_on_an_object_store(s3_bucket: str) -> None:
+    found = import_set(f"{s3_bucket}/slake", "slake", "", FILES)
+    assert found.counts.splits == {"test": 1, "train": 1, "validation": 1}
+    assert ("4", "missing file: imgs/xmlab4/source.jpg") in found.reasons
+
+
 def test_a_folder_without_a_split_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     with pytest.raises(StorageError, match="no file named after a split"):

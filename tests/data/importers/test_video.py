@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def test_a_table_of_lung_ultrasound(tmp_path: Path) -> None:
         "",
         "test",
     )
-    assert one.exam_id.startswith("video-")
+    assert not any(re.search(r"\d|cov", exam_id) for exam_id in found.exams)
+    assert counts.scrubbed == {}
     assert [reason for _, reason in found.reasons] == [
         "empty report: neither findings nor diagnosis",
         "missing file: gone.mp4",
@@ -94,6 +96,11 @@ def test_links_in_a_circle_give_each_video_once(tmp_path: Path) -> None:
     (tmp_path / "set" / "a" / "self.mp4").symlink_to("self.mp4")
     found = import_set(tmp_path, "video", "", {"a/x.gif": FILMS["cov/b.gif"]})
     assert (found.counts.exams, found.reasons) == (1, [])
+
+
+def test_a_tree_on_an_object_store(s3_bucket: str) -> None:
+    found = import_set(f"{s3_bucket}/videos", "video", "", FILMS)
+    assert (found.counts.exams, found.counts.frames, found.reasons) == (3, 8, [])
 
 
 def test_videos_need_a_statement(tmp_path: Path) -> None:
