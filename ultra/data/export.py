@@ -21,11 +21,10 @@ from ultra import storage
 from ultra.config import DataConfig
 from ultra.data import parquet
 from ultra.data.frames import is_jpeg
+from ultra.data.importers.dialogue import MARKER
 from ultra.data.parquet import Part
 from ultra.data.schema import content_digest, from_row
 from ultra.types import Conversation, FrameGroup, Split, Stage, Turn
-
-MARKER = "<image>"
 
 _PIECES = ".pieces"
 _SUFFIX = {"llava": "json", "messages": "jsonl"}

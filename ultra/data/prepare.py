@@ -250,12 +250,10 @@ def _write(
 
 
 def _quarantine_row(entry: ExamEntry, reason: str) -> dict[str, Any]:
-    return {
-        "exam_id": entry.exam_id,
-        "source": entry.source,
-        "reason": reason,
-        "schema_version": schema.SCHEMA_VERSION,
-    }
+    texts = {"exam_id": entry.exam_id, "source": entry.source, "reason": reason}
+    # The names of files on a disk are of any encoding, the texts of a table are not.
+    written = {k: text.encode(errors="backslashreplace").decode() for k, text in texts.items()}
+    return {**written, "schema_version": schema.SCHEMA_VERSION}
 
 
 def _audit_rows(imported: ImportedExam) -> Iterator[dict[str, Any]]:

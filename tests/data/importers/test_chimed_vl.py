@@ -51,7 +51,7 @@ def test_rows_of_three_kinds_for_the_stage_of_the_file(
     assert found.reasons == [
         ("4", "no frames: the list is empty"),
         ("5", "missing keys: conversations"),
-        ("6", "wrong values: caption: value should have at least 1 item after validation, not 0"),
+        ("6", "wrong values: caption: empty"),
         ("7", "missing file: gone.jpg"),
     ]
 

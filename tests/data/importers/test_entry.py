@@ -36,7 +36,7 @@ def test_a_row_takes_numbers_for_texts_and_strips_them() -> None:
     ("value", "reason"),
     [
         ({}, "missing keys: group, text"),
-        ({"group": " ", "text": ""}, "wrong values: group: value should have at least 1 item"),
+        ({"group": " ", "text": ""}, "wrong values: group: empty"),
         ({"group": "a", "text": "a\0b"}, "wrong values: text: control characters"),
         ({"group": float("nan"), "text": ""}, "wrong values: group: not a finite number"),
         ({"group": True, "text": ""}, "wrong values: group: input should be a valid string"),

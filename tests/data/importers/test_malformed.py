@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,9 @@ class Set:
         values = {"empty": "", "control": "a\0b"} if kind == "csv" else VALUES
         for name, value in values.items():
             cases.append(Case(self.row(f"value-{name}", "good.png") | {self.text: value}, wrong))
+        if kind == "jsonl":
+            half = self.row("half-a-character", "good.png") | {self.text: "\ud800"}
+            cases.append(Case(json.dumps(half).encode(), wrong))
         if self.unique:
             cases.append(Case(self.row("good-1", "good.png"), "duplicate exam_id: also at "))
         return [*cases, Case(self.row("good-4", "good.png"))]
@@ -283,9 +288,12 @@ def test_trees_with_links_in_a_circle(tmp_path: Path) -> None:
         storage.write_bytes(f"{tmp_path}/set/{name}", data)
     (tmp_path / "set" / "a" / "loop").symlink_to(tmp_path / "set")
     (tmp_path / "set" / "self.gif").symlink_to("self.gif")
+    with open(os.fsencode(tmp_path / "set") + "/肝.dcm".encode("gb18030"), "wb") as file:
+        file.write(good)
     found, reasons = bring_in(config_of(tmp_path, "dicom", ocr="off"))
     assert found.counts.exams == 1
-    assert set(reasons) == {"a/cut.dcm", "a/good.gif"}
+    assert set(reasons) == {"a/cut.dcm", "a/good.gif", "\\udcb8\\udcce.dcm"}
+    assert all(reason.startswith("unreadable DICOM header: ") for reason in reasons.values())
     found, reasons = bring_in(config_of(tmp_path, "video"))
     assert (found.counts.exams, reasons) == (1, {})
 

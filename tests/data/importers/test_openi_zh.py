@@ -39,7 +39,7 @@ def test_groups_are_rebuilt_and_conflicts_counted(tmp_path: Path) -> None:
     assert found.reasons == [
         (
             "openi-zh.json item 7",
-            "wrong values: caption: value should have at least 1 item after validation, not 0",
+            "wrong values: caption: empty",
         ),
         ("167", "missing file: 167_1.png"),
     ]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,23 @@ def test_numbers_of_any_size(tmp_path: Path) -> None:
     assert after.value == {"n": 1}
     (refused,) = read(tmp_path, "a.json", b'[{"n": ' + b"9" * 5000 + b"}]")
     assert refused.reason.startswith("malformed file: not JSON from there on: Exceeds the limit")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
+def test_memory_is_that_of_a_record(tmp_path: Path, name: str) -> None:
+    rows = [json.dumps({"id": i, "text": "x" * 2000}) for i in range(5000)]
+    body = {
+        "a.json": f"[{','.join(rows)}]",
+        "a.jsonl": "\n".join(rows),
+        "a.csv": "id,text\n" + "\n".join(f"{i},{'x' * 2000}" for i in range(5000)),
+    }[name]
+    storage.write_bytes(f"{tmp_path}/{name}", body.encode())
+    tracemalloc.start()
+    count = sum(1 for _ in read_records(f"{tmp_path}/{name}"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 5000
+    assert peak < 5 * 2**20 < len(body)  # a chunk of 1 MiB, some of it twice
 
 
 def test_python_s_nan_in_a_line_is_nothing(tmp_path: Path) -> None:

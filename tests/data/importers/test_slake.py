@@ -58,7 +58,7 @@ def test_the_folder_as_published(tmp_path: Path) -> None:
     assert found.reasons == [
         (
             "train.json item 3",
-            "wrong values: answer: value should have at least 1 item after validation, not 0",
+            "wrong values: answer: empty",
         ),
         ("4", "missing file: imgs/xmlab4/source.jpg"),
         ("1", "duplicate exam_id: also at train.json item 1"),

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.data.importers.importing import config_of, import_set, json_lines
+from tests.data.importers.importing import config_of, import_set, write_set
 from tests.data.videos import film
 from ultra.data.importers.entry import patient_key
 from ultra.data.prepare import list_entries
@@ -56,7 +58,7 @@ def test_a_table_of_lung_ultrasound(tmp_path: Path) -> None:
         "missing file: gone.mp4",
         "wrong values: split: 'later' is none",
         "duplicate exam_id: also at t.csv line 4",
-        "wrong values: filename: value should have at least 1 item after validation, not 0",
+        "wrong values: filename: empty",
     ]
 
 
@@ -67,8 +69,11 @@ def test_a_table_of_lines(tmp_path: Path) -> None:
         {"id": 3, "video": ["c.avi"], "label": "x"},
         {"id": 4, "video": "../c.avi", "label": "x"},
         {"id": 5, "label": "x"},
+        {"id": 6, "video": "c.avi", "label": "x", "report": "\ud800"},
+        {"id": 7, "video": "c.avi", "label": "x", "B\0-lines": 1},
     ]
-    found = import_set(tmp_path, "video", "t.jsonl", {"t.jsonl": json_lines(rows), **FILMS})
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    found = import_set(tmp_path, "video", "t.jsonl", {"t.jsonl": lines, **FILMS})
     assert [(e.findings, e.diagnosis) for e in found.exams.values()] == [
         ("A线。", "正常"),
         ("consolidation", ""),
@@ -77,6 +82,12 @@ def test_a_table_of_lines(tmp_path: Path) -> None:
         ("3", "wrong values: video: input should be a valid string"),
         ("4", "path outside the folder: '../c.avi'"),
         ("5", "missing keys: filename"),
+        (
+            "6",
+            "wrong values: findings and comments: input should be a valid string, unable to parse "
+            "raw data as a unicode string",
+        ),
+        ("7", "wrong values: findings and comments: control characters"),
     ]
 
 
@@ -101,6 +112,16 @@ def test_links_in_a_circle_give_each_video_once(tmp_path: Path) -> None:
 def test_a_tree_on_an_object_store(s3_bucket: str) -> None:
     found = import_set(f"{s3_bucket}/videos", "video", "", FILMS)
     assert (found.counts.exams, found.counts.frames, found.reasons) == (3, 8, [])
+
+
+def test_a_name_in_another_encoding_is_told(tmp_path: Path) -> None:
+    write_set(tmp_path, {"good.gif": FILMS["cov/b.gif"]})
+    with open(os.fsencode(tmp_path / "set") + b"/" + "肝.gif".encode("gb18030"), "wb") as file:
+        file.write(FILMS["cov/b.gif"])
+    found = import_set(tmp_path, "video", "", {})
+    assert found.counts.exams == 1
+    ((_, reason),) = found.reasons
+    assert reason == "path of no file: '\\udcb8\\udcce.gif'"
 
 
 def test_videos_need_a_statement(tmp_path: Path) -> None:

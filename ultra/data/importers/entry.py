@@ -42,6 +42,12 @@ def _refuse_control(text: str) -> str:
     return text
 
 
+def _refuse_empty(text: str) -> str:
+    if not text:
+        raise ValueError("empty")
+    return text
+
+
 def _refuse_infinite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("not a finite number")
@@ -54,7 +60,7 @@ Text = Annotated[
     BeforeValidator(_refuse_infinite),
     AfterValidator(_refuse_control),
 ]
-Name = Annotated[Text, StringConstraints(min_length=1)]
+Name = Annotated[Text, AfterValidator(_refuse_empty)]
 """A name or number that must not be empty."""
 
 _MODALITIES = {
@@ -188,15 +194,22 @@ def why_unusable(entry: ExamEntry) -> str:
     if len(entry.frames) > MAX_FILES:
         return f"over the caps: {len(entry.frames)} files, at most {MAX_FILES} are let in"
     for path in entry.frames:
-        too_long = len(path.encode()) > MAX_PATH_BYTES or any(
-            len(part.encode()) > MAX_NAME_BYTES for part in path.split("/")
-        )
-        if too_long or _CONTROL.search(path):
+        if not _may_exist(path):
             return f"path of no file: {path[:80]!r}"
         pure = PurePosixPath(path.replace("\\", "/"))
         if not path or pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
             return f"path outside the folder: {path!r}"
     return ""
+
+
+def _may_exist(path: str) -> bool:
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:  # a file's name in another encoding, as the system gives it
+        return False
+    longest = max(map(len, encoded.split(b"/")))
+    too_long = len(encoded) > MAX_PATH_BYTES or longest > MAX_NAME_BYTES
+    return not (too_long or _CONTROL.search(path))
 
 
 def patient_key(patient_id: str, secret: str) -> str:

@@ -18,15 +18,17 @@ The exam is called by a digest of its file's name, which may hold a person's nam
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import AliasChoices, Field
 
 from ultra import storage
 from ultra.config import DataConfig
-from ultra.data.importers.entry import ExamEntry, Name, Row, Text, parse, to_entries
+from ultra.data.importers.entry import ExamEntry, Name, Row, Text, parse, to_entries, why_unusable
 from ultra.data.importers.records import TABLES, Record, read_records, split_in_name
 from ultra.data.video import SUFFIXES
 
@@ -38,11 +40,11 @@ _LETTERS = str.maketrans("0123456789", "ghijklmnop")
 _YES = ("1", "1.0", "true", "yes")
 _NO = ("", "0", "0.0", "false", "no", "nan")
 
-
 _PATH = ("filename", "file", "video", "path")
 _PATIENT = ("patientid", "patient")
 _SITE = ("site", "zone", "view")
 _DIAGNOSIS = ("diagnosis", "label", "class", "诊断", "提示")
+_SAID = "findings and comments"
 _KNOWN = {*_PATH, *_PATIENT, *_SITE, *_DIAGNOSIS, "id", "split"}
 
 
@@ -55,6 +57,7 @@ class VideoRow(Row):
     site: Text | None = Field(None, validation_alias=AliasChoices(*_SITE))
     diagnosis: Text | None = Field(None, validation_alias=AliasChoices(*_DIAGNOSIS))
     split: Text | None = None
+    findings: Text = Field(validation_alias=_SAID)
 
 
 def list_exams(config: DataConfig) -> Iterator[ExamEntry]:
@@ -75,12 +78,14 @@ def _list_tree(uri: str) -> Iterator[ExamEntry]:
         path = file.removeprefix(uri.rstrip("/") + "/")
         if path.lower().endswith(SUFFIXES):
             folder = path.rpartition("/")[0]
-            yield ExamEntry(path, _call(path), folder or path, frames=(path,), needs_report=False)
+            entry = ExamEntry(path, _call(path), folder or path, frames=(path,), needs_report=False)
+            yield replace(entry, reason=why_unusable(entry))
 
 
 def _from_row(record: Record) -> ExamEntry:
     columns = {_plain(name): value for name, value in record.value.items()}
-    row = parse(Record(record.place, columns, record.reason), VideoRow)
+    said = {_SAID: _findings(record.value)}
+    row = parse(Record(record.place, columns | said, record.reason), VideoRow)
     split = split_in_name(row.split or "")
     if row.split and split is None:
         raise ValueError(f"wrong values: split: {row.split[:40]!r} is none")
@@ -89,7 +94,7 @@ def _from_row(record: Record) -> ExamEntry:
         exam_id=row.id or _call(row.path),
         patient_id=row.patient_id or row.path,
         site=row.site or "",
-        findings=_findings(record.value),
+        findings=row.findings,
         diagnosis=row.diagnosis or "",
         frames=(row.path,),
         split=split,
@@ -117,5 +122,5 @@ def _plain(name: str) -> str:
 
 def _call(path: str) -> str:
     # In letters: a run of digits would pass for a phone number.
-    digest = hashlib.sha256(path.encode()).hexdigest()[:16].translate(_LETTERS)
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16].translate(_LETTERS)
     return f"video-{digest}"
