@@ -101,7 +101,9 @@ def test_closed_accuracy_knows_opposites_in_both_languages() -> None:
 
 def test_names_carry_suite_and_tokenizer() -> None:
     assert [*STRICT] == [
-        "strict/em", "strict/f1-char", "strict/bleu4-char", "strict/closed_accuracy",
+        "strict/em", "strict/f1-char", "strict/bleu4-char", "strict/open-em",
+        "strict/open-f1-char", "strict/open-precision-char",
+        "strict/open-recall-char", "strict/open-bleu4-char", "strict/closed_accuracy",
     ]  # fmt: skip
     assert "strict/f1-jieba" in metrics.strict_metrics("jieba", tokenize_char)
 

@@ -15,8 +15,8 @@ from PIL import Image
 from ultra.data import schema
 from ultra.data.features import unpack
 from ultra.data.prompts import encode_prompt
-from ultra.evaluate.predictions import PREDICTIONS, to_table
-from ultra.evaluate.predictor import Predictor, questions_of
+from ultra.evaluate.predictions import PREDICTIONS, Question, questions_of, to_table
+from ultra.evaluate.predictor import Predictor
 from ultra.model.splice import splice
 from ultra.types import Conversation, FrameGroup, Turn
 
@@ -29,10 +29,12 @@ def predictor(random_checkpoint: str) -> Predictor:
 
 
 def test_single_turn_instruct_questions_are_asked(exams: Exams) -> None:
-    assert questions_of(exams[0]) == [("kind", "是什么？", "囊肿"), ("normal", "是否正常？", "否")]
-    ((task, question, truth),) = questions_of(exams[2])
-    assert (task, truth) == ("report", None)
-    assert question.endswith(("。", "？"))
+    assert questions_of(exams[0]) == [
+        Question("kind", "是什么？", "囊肿"), Question("normal", "是否正常？", "否"),
+    ]  # fmt: skip
+    (question,) = questions_of(exams[2])
+    assert (question.task, question.truth) == ("report", None)
+    assert question.text.endswith(("。", "？"))
 
 
 def test_a_table_of_exams_becomes_a_table_of_predictions(

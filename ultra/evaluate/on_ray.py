@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 import ray.data
@@ -11,9 +12,11 @@ from ray.data import ActorPoolStrategy
 from ray.data.expressions import col
 
 from ultra import storage
-from ultra.config import ConfigError, PipelineConfig
+from ultra.config import ConfigError, OtherModel, PipelineConfig
 from ultra.data import parquet
+from ultra.data.on_ray import prepare
 from ultra.evaluate.figures import draw_curves, draw_strip
+from ultra.evaluate.others import OtherPredictor, check, report
 from ultra.evaluate.predictions import (
     PREDICTIONS,
     Prediction,
@@ -27,7 +30,7 @@ from ultra.evaluate.report import (
     spread,
     spread_exams,
 )
-from ultra.evaluate.results import write_tables
+from ultra.evaluate.results import MARKDOWN, others_uri, read_markdown, write_tables
 from ultra.evaluate.tables import Summary
 from ultra.model import checkpoint
 from ultra.page import build_page
@@ -45,18 +48,52 @@ def predict(config: PipelineConfig) -> str:
         StorageError: when there is no complete table of exams.
         ConfigError: when the split holds no exam.
     """
+    config = find_exams(config)
     settings = config.evaluate
     checkpoint.read(settings.checkpoint_uri)
     exam_ids = _exam_ids(config)
     exams = _read_exams(config.data.exams_uri, exam_ids, settings.batch_size)
+    arguments = {
+        "checkpoint_uri": settings.checkpoint_uri,
+        "max_new_tokens": settings.max_new_tokens,
+        "device": "cuda" if settings.gpus_per_replica else "cpu",
+        "explained": spread(exam_ids, NUM_EXPLAINED),
+    }
+    _answer(config, exams, Predictor, arguments, settings.predictions_uri)
+    return settings.predictions_uri
+
+
+def predict_other(config: PipelineConfig, other: OtherModel) -> str:
+    """Answer the same questions with another model and return its predictions' address.
+
+    Raises:
+        StorageError: when there is no complete table of exams.
+        ConfigError: when the split holds no exam, or what the model needs is missing.
+    """
+    settings = config.evaluate
+    arguments = {"other": other, "settings": settings, "api_key": check(other)}
+    if not other.weights:  # nothing that computes: one replica reads a file or asks an endpoint
+        alone = {"num_replicas": 1, "cpus_per_replica": 1, "gpus_per_replica": 0}
+        config = config.model_copy(update={"evaluate": settings.model_copy(update=alone)})
+    exams = _read_exams(config.data.exams_uri, _exam_ids(config), settings.batch_size)
+    uri = others_uri(settings, other)
+    _answer(config, exams, OtherPredictor, arguments, uri)
+    print(report(other, read_predictions(uri)))
+    return uri
+
+
+def _answer(
+    config: PipelineConfig,
+    exams: ray.data.Dataset,
+    predictor: type[Predictor] | type[OtherPredictor],
+    arguments: Mapping[str, Any],
+    uri: str,
+) -> None:
+    """Write the predictions about exams as the table at an address."""
+    settings = config.evaluate
     answered = exams.map_batches(
-        Predictor,
-        fn_constructor_kwargs={
-            "checkpoint_uri": settings.checkpoint_uri,
-            "max_new_tokens": settings.max_new_tokens,
-            "device": "cuda" if settings.gpus_per_replica else "cpu",
-            "explained": spread(exam_ids, NUM_EXPLAINED),
-        },
+        predictor,
+        fn_constructor_kwargs=dict(arguments),
         batch_size=settings.batch_size,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=settings.num_replicas),
@@ -66,13 +103,12 @@ def predict(config: PipelineConfig) -> str:
     tables: Iterable[pa.Table] = answered.iter_batches(batch_size=None, batch_format="pyarrow")
     part = parquet.write_part(
         (row for table in tables for row in table.to_pylist()),
-        settings.predictions_uri,
+        uri,
         PREDICTIONS,
         position=0,
         row_group_bytes=config.data.row_group_mib * 2**20,
     )
-    parquet.publish_parts(settings.predictions_uri, [part] if part else [])
-    return settings.predictions_uri
+    parquet.publish_parts(uri, [part] if part else [])
 
 
 def evaluate(config: PipelineConfig) -> Summary:
@@ -86,14 +122,45 @@ def evaluate(config: PipelineConfig) -> Summary:
         ConfigError: when the split holds no exam.
     """
     with open_run(config, "evaluate") as tracker:
+        trained_on = config.data.exams_uri
+        config = find_exams(config)
         settings = config.evaluate
         uri = settings.predictions_uri if settings.reuse_predictions else predict(config)
-        summary = write_tables(settings, config.data.exams_uri)
+        for other in settings.others:
+            there = parquet.is_table(others_uri(settings, other))
+            if not (settings.reuse_predictions and there):
+                predict_other(config, other)
+        is_known = parquet.is_table(trained_on)
+        summary = write_tables(settings, trained_on if is_known else config.data.exams_uri)
         tracker.metrics(summary.metrics)
         for name, rows in summary.tables.items():
             tracker.table(name, rows)
+        tracker.text(MARKDOWN, read_markdown(settings.results_uri))
         _show(config, tracker, read_predictions(uri), summary)
     return summary
+
+
+def find_exams(config: PipelineConfig) -> PipelineConfig:
+    """Return the configuration with `data.exams_uri` where the exams to be answered are.
+
+    Those of the source are prepared beside the results first, unless answers about them are reused.
+
+    Raises:
+        StorageError: when the source or a target cannot be reached.
+        ConfigError: for an unknown format or a source that holds no exam.
+    """
+    data, settings = config.data, config.evaluate
+    missing = bool(data.source_uri) and not parquet.is_table(data.exams_uri)
+    if settings.exams == "table" or (settings.exams == "auto" and not missing):
+        return config
+    names = ("exams", "quarantine", "audit")
+    places = {f"{name}_uri": storage.join(settings.results_uri, name) for name in names}
+    beside = data.model_copy(update=places)
+    if not (settings.reuse_predictions and parquet.is_table(beside.exams_uri)):
+        print(prepare(beside).summary())
+    print(f"exams: {beside.exams_uri}, quarantine: {beside.quarantine_uri}")
+    found = settings.model_copy(update={"exams": "table"})
+    return config.model_copy(update={"data": beside, "evaluate": found})
 
 
 def _exam_ids(config: PipelineConfig) -> list[str]:
@@ -133,5 +200,5 @@ def _show(
     curves = read_history(config, "train")
     if curves:
         tracker.figure("training_curves", draw_curves(curves))
-    sections = show_results(summary, exams, curves)
+    sections = show_results(summary, exams, curves, config.evaluate.tokenizer)
     tracker.text("report.html", build_page(f"Evaluation of {config.name}", sections))

@@ -1,0 +1,41 @@
+"""Twenty questions in the style of SLAKE, with answers whose scores are worked out by hand."""
+
+from __future__ import annotations
+
+from tests.evaluate.conftest import make_prediction
+from ultra.evaluate.predictions import Prediction
+
+# qid, image, language, modality, content type, closed, question, truth, answer
+QUESTIONS = [
+    (1, "xmlab1", "zh", "CT", "Modality", False, "这张图片的成像方式是什么?", "CT", "CT"),
+    (2, "xmlab1", "zh", "CT", "Position", True, "病变在左侧还是右侧?", "左侧", "左侧。"),
+    (3, "xmlab1", "zh", "CT", "Abnormality", True, "存在异常吗?", "存在", "有"),
+    (4, "xmlab1", "en", "CT", "Organ", True, "Does the picture contain liver?", "Yes", "no"),
+    (5, "xmlab1", "en", "CT", "Organ", False, "Which organs are shown?", "Liver, Spleen", "liver"),
+    (6, "xmlab2", "zh", "CT", "Organ", True, "图像里包含肝脏吗?", "包含", "不包含"),
+    (7, "xmlab2", "zh", "CT", "Position", False, "病变在哪里?", "右肺上叶", "右肺下叶"),
+    (8, "xmlab2", "en", "CT", "Abnormality", False, "What is the abnormality?", "Mass", "a mass"),
+    (9, "xmlab3", "zh", "MRI", "Modality", False, "这是什么成像?", "MRI", "CT"),
+    (10, "xmlab3", "zh", "MRI", "Position", True, "左侧还是右侧?", "右侧", "左侧"),
+    (11, "xmlab3", "en", "MRI", "Modality", True, "Is this an MRI?", "Yes", "Yes, it is."),
+    (12, "xmlab3", "en", "MRI", "Organ", False, "Which organ is it?", "Brain", "brain"),
+    (13, "xmlab4", "zh", "MRI", "Abnormality", True, "有水肿吗?", "没有", "没有"),
+    (14, "xmlab4", "zh", "MRI", "Abnormality", False, "异常是什么?", "脑水肿", "脑肿瘤"),
+    (15, "xmlab4", "en", "MRI", "Position", False, "Where is it?", "Left Lobe", "right lobe"),
+    (16, "xmlab5", "zh", "X-Ray", "Organ", False, "这是哪个器官?", "心脏", "心脏"),
+    (17, "xmlab5", "zh", "X-Ray", "Abnormality", False, "诊断是什么?", "心脏肥大", "心脏肥大"),
+    (18, "xmlab5", "zh", "X-Ray", "Modality", True, "这是X光吗?", "是的", "是"),
+    (19, "xmlab5", "en", "X-Ray", "Position", True, "Is it upper or lower?", "Upper", "upper"),
+    (20, "xmlab5", "en", "X-Ray", "Abnormality", True, "Is it healthy?", "No", "Yes"),
+]
+
+
+def make_predictions() -> list[Prediction]:
+    """The questions with their answers, as the model's predictions."""
+    return [
+        make_prediction(
+            answer, truth, exam_id=image, language=language, modality=modality, task=task,
+            closed=closed, question=question, question_id=str(qid), scores=None, chosen=None,
+        )
+        for qid, image, language, modality, task, closed, question, truth, answer in QUESTIONS
+    ]  # fmt: skip
