@@ -70,7 +70,7 @@ class Endpoint:
         messages: Any = [{"role": "user", "content": self._content(group, question)}]
         try:
             completion: Any = self.client.chat.completions.create(messages=messages, **self.request)
-        except OpenAIError as error:
+        except (OpenAIError, ValueError) as error:  # ValueError: a reply that is no JSON
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             return answer_question(group, question, "", unanswered=reason)
         text, reason, why = _read(completion)
