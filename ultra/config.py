@@ -299,7 +299,8 @@ class OtherModel(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     """Of its row and its metrics."""
     answers_uri: str = ""
-    """Answers given elsewhere: a `.jsonl` file with `question_id` and `text`, as LLaVA's."""
+    """Answers given elsewhere: a `.jsonl` file with `question_id` and `text`, as LLaVA's, or the
+    `predictions_uri` of another run."""
     weights: str = ""
     """A transformers directory of an image-text-to-text model, with its processor."""
     base_url: str = ""
@@ -316,6 +317,11 @@ class OtherModel(Section):
     """Whether it is shown every frame of an exam or only the first."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of its weights."""
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether its answers are predictions of another run already."""
+        return bool(self.answers_uri) and not self.answers_uri.endswith((".jsonl", ".json"))
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -38,8 +38,8 @@ def test_models_are_rows_and_metrics_columns(tokenizer: str) -> None:
     assert f"`{tokenizer}`: a token is" in text.split("##")[0]
     tables = read_tables(text.replace("half\\|way", "half-way"))
     places = [
-        "All questions", "Language en", "Language zh", "Modality CT", "Modality MRI",
-        "Modality X-Ray", "Task Abnormality", "Task Modality", "Task Organ", "Task Position",
+        "All questions", "Language en", "Language zh", "Modality CT", "Modality DX",
+        "Modality MR", "Task Abnormality", "Task Modality", "Task Organ", "Task Position",
     ]  # fmt: skip
     assert [*tables] == [f"{p}: {s}" for p in places for s in suites] + ["Differences"]
     for title, rows in list(tables.items())[:-1]:
@@ -51,7 +51,7 @@ def test_models_are_rows_and_metrics_columns(tokenizer: str) -> None:
     assert overall["model"]["open-em"] == "0.400"
     assert overall["half-way"]["open-em"] == "0.100"  # question 1 of ten open ones
     assert f"f1-{tokenizer}" in overall["model"]
-    xray = tables["Modality X-Ray: llava_med"]
+    xray = tables["Modality DX: llava_med"]
     assert xray["model"][f"em-{tokenizer}"] == "1.000"
     assert xray["half-way"]["closed_accuracy"] == "0.000"
 

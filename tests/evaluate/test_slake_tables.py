@@ -65,8 +65,8 @@ def test_by_language(strict: Summary) -> None:
     ("table", "column", "value", "questions", "open_em", "closed"),
     [
         ("modalities", "modality", "CT", 8, 1 / 4, 2 / 4),
-        ("modalities", "modality", "MRI", 7, 1 / 4, 2 / 3),
-        ("modalities", "modality", "X-Ray", 5, 2 / 2, 2 / 3),
+        ("modalities", "modality", "MR", 7, 1 / 4, 2 / 3),
+        ("modalities", "modality", "DX", 5, 2 / 2, 2 / 3),
         ("tasks", "task", "Modality", 4, 1 / 2, 2 / 2),
         ("tasks", "task", "Organ", 5, 2 / 3, 0 / 2),
         ("tasks", "task", "Position", 5, 0 / 2, 2 / 3),
@@ -97,6 +97,6 @@ def test_published_definitions(published: Summary) -> None:
     assert row["llava_med/bleu1-whitespace-none"] == pytest.approx(sum(bleu1) / 10)
     assert row["llava_med/closed_accuracy"] == pytest.approx(1 / 10)  # 11 alone
     assert row["llava_med/closed_accuracy-substring"] == pytest.approx(5 / 10)  # 2 6 11 13 19
-    xray = only(published.tables["modalities"], modality="X-Ray")
+    xray = only(published.tables["modalities"], modality="DX")
     assert xray["llava_med/em-whitespace"] == 1
     assert xray["llava_med/closed_accuracy-substring"] == pytest.approx(1 / 3)

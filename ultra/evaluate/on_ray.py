@@ -127,8 +127,8 @@ def evaluate(config: PipelineConfig) -> Summary:
         settings = config.evaluate
         uri = settings.predictions_uri if settings.reuse_predictions else predict(config)
         for other in settings.others:
-            there = parquet.is_table(others_uri(settings, other))
-            if not (settings.reuse_predictions and there):
+            reused = settings.reuse_predictions and parquet.is_table(others_uri(settings, other))
+            if not (reused or other.is_answered):
                 predict_other(config, other)
         is_known = parquet.is_table(trained_on)
         summary = write_tables(settings, trained_on if is_known else config.data.exams_uri)

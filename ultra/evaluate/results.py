@@ -10,6 +10,7 @@ from typing import Any
 from ultra import storage
 from ultra.config import EvaluateConfig, InputError, OtherModel
 from ultra.evaluate.baselines import count_answers
+from ultra.evaluate.comparison import line_up
 from ultra.evaluate.predictions import Prediction, count_training_answers, read_predictions
 from ultra.evaluate.published import to_markdown
 from ultra.evaluate.suites import answer_metrics
@@ -21,6 +22,8 @@ MARKDOWN = "tables.md"
 
 def others_uri(settings: EvaluateConfig, other: OtherModel) -> str:
     """Return where the predictions of another model are kept."""
+    if other.is_answered:
+        return other.answers_uri
     return f"{settings.predictions_uri.rstrip('/')}-{other.name}"
 
 
@@ -44,7 +47,10 @@ def write_tables(settings: EvaluateConfig, exams_uri: str) -> Summary:
     """
     metrics = answer_metrics(settings.suites, settings.tokenizer, _language_weights(settings))
     predictions = read_predictions(settings.predictions_uri)
-    others = {o.name: read_predictions(others_uri(settings, o)) for o in settings.others}
+    others = {
+        other.name: line_up(predictions, read_predictions(others_uri(settings, other)))
+        for other in settings.others
+    }
     for name, given in others.items():
         _check_answered(name, given)
     training = count_training_answers(exams_uri)
