@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+from tests.data.exam_folders import picture
 from tests.evaluate.conftest import make_prediction
 from ultra.evaluate.predictions import Prediction
 
@@ -39,3 +43,30 @@ def make_predictions() -> list[Prediction]:
         )
         for qid, image, language, modality, task, closed, question, truth, answer in QUESTIONS
     ]  # fmt: skip
+
+
+def write_set(folder: Path) -> str:
+    """Write the questions as SLAKE publishes its test split and return the address."""
+    rows = [
+        {
+            "img_id": int(image.removeprefix("xmlab")),
+            "img_name": f"{image}/source.jpg",
+            "question": question,
+            "answer": truth,
+            "q_lang": language,
+            "location": "Abdomen",
+            "modality": {"CT": "CT", "MR": "MRI", "DX": "X-Ray"}[modality],
+            "answer_type": "CLOSED" if closed else "OPEN",
+            "base_type": "vqa",
+            "content_type": task,
+            "triple": ["vhead", "_", "_"],
+            "qid": qid,
+        }
+        for qid, image, language, modality, task, closed, question, truth, _ in QUESTIONS
+    ]
+    for image in dict.fromkeys(row["img_name"] for row in rows):
+        path = folder / "imgs" / str(image)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(picture(sum(str(image).encode())))
+    (folder / "test.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return str(folder / "test.json")

@@ -10,6 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.evaluate.image_text_weights import write_image_text_model
+from tests.evaluate.slake import QUESTIONS, make_predictions, write_set
 from tests.evaluate.vision_server import Reply, completion, serve
 from ultra import storage
 from ultra.config import ConfigError, InputError, OtherModel, PipelineConfig
@@ -22,6 +23,7 @@ from ultra.evaluate.predictions import (
     read_predictions,
 )
 from ultra.evaluate.predictor import Predictor
+from ultra.evaluate.tables import summarise
 from ultra.model.checkpoint import CheckpointError
 from ultra.types import FrameGroup
 
@@ -199,6 +201,43 @@ def test_other_models_are_rows_beside_ours(
     (tmp_path / "silent.jsonl").write_text('{"question_id": "y", "text": "?"}')
     with pytest.raises(InputError, match="silent answered none of 4 questions; of 3 of them: no"):
         evaluate(configure(random_config, "", root, **{**more, **reuse, "others": (silent,)}))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_public_set_is_scored_without_a_prepare(
+    random_config, random_checkpoint, write_exams, tmp_path, capsys
+) -> None:
+    root = str(tmp_path)
+    answers = tmp_path / "answers.jsonl"
+    lines = [{"question_id": row[0], "text": row[-1]} for row in reversed(QUESTIONS)]
+    answers.write_text("\n".join(map(json.dumps, lines)))
+    others = (OtherModel(name="hand", answers_uri=str(answers)),)
+    more = {"others": others, "bootstrap_samples": 20}
+    config = configure(random_config, random_checkpoint, root, **more)
+    source = {"format": "slake", "source_uri": write_set(tmp_path), "assume_deidentified": "me"}
+    config = config.model_copy(update={"data": config.data.model_copy(update=source)})
+    summary = evaluate(config)
+    assert "5 exams (5 test), 5 frames" in capsys.readouterr().out
+    assert parquet.is_table(f"{root}/evaluate/exams")
+    assert parquet.is_table(f"{root}/evaluate/audit")
+    assert not parquet.is_table(f"{root}/exams")
+    assert summary.metrics["num_questions"] == 20
+    # The rows of the answers worked out by hand; no training answers, so no blind rows.
+    by_hand = summarise(make_predictions(), None, bootstrap_samples=0).tables
+    for table in ("answers", "languages", "modalities", "tasks"):
+        expected = [{**row, "row": "hand"} for row in by_hand[table]]
+        assert [row for row in summary.tables[table] if row["row"] == "hand"] == expected
+        assert {row["row"] for row in summary.tables[table]} == {"model", "hand"}
+
+    # A table that is there is what counts, unless the source is asked for.
+    write_exams(config.data.exams_uri)
+    again = config.evaluate.model_copy(update={"others": (), "bootstrap_samples": 0})
+    own = evaluate(config.model_copy(update={"evaluate": again}))
+    assert own.metrics["num_exams"] == 3
+    again = again.model_copy(update={"exams": "source"})
+    public = evaluate(config.model_copy(update={"evaluate": again}))
+    assert public.metrics["num_exams"] == 5
+    assert {row["row"] for row in public.tables["answers"]} == {"model"}  # other tasks are trained
 
 
 def test_what_is_missing_is_named(random_config, random_checkpoint, write_exams, tmp_path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray.data
+from pydantic import SecretStr
 from ray.data import ActorPoolStrategy
 from ray.data.expressions import col
 
@@ -16,7 +17,7 @@ from ultra.config import ConfigError, OtherModel, PipelineConfig
 from ultra.data import parquet
 from ultra.data.on_ray import prepare
 from ultra.evaluate.figures import draw_curves, draw_strip
-from ultra.evaluate.others import OtherPredictor, check, report
+from ultra.evaluate.others import OtherPredictor, check, left_to_ask, others_uri, report
 from ultra.evaluate.predictions import (
     PREDICTIONS,
     Prediction,
@@ -30,7 +31,7 @@ from ultra.evaluate.report import (
     spread,
     spread_exams,
 )
-from ultra.evaluate.results import MARKDOWN, others_uri, read_markdown, write_tables
+from ultra.evaluate.results import MARKDOWN, read_markdown, write_tables
 from ultra.evaluate.tables import Summary
 from ultra.model import checkpoint
 from ultra.page import build_page
@@ -63,15 +64,15 @@ def predict(config: PipelineConfig) -> str:
     return settings.predictions_uri
 
 
-def predict_other(config: PipelineConfig, other: OtherModel) -> str:
-    """Answer the same questions with another model and return its predictions' address.
+def predict_other(config: PipelineConfig, other: OtherModel, api_key: SecretStr) -> None:
+    """Answer the same questions with another model and say how many it answered.
 
     Raises:
         StorageError: when there is no complete table of exams.
-        ConfigError: when the split holds no exam, or what the model needs is missing.
+        ConfigError: when the split holds no exam, or two questions of a file of answers one id.
     """
     settings = config.evaluate
-    arguments = {"other": other, "settings": settings, "api_key": check(other)}
+    arguments = {"other": other, "settings": settings, "api_key": api_key}
     if not other.weights:  # nothing that computes: one replica reads a file or asks an endpoint
         alone = {"num_replicas": 1, "cpus_per_replica": 1, "gpus_per_replica": 0}
         config = config.model_copy(update={"evaluate": settings.model_copy(update=alone)})
@@ -79,7 +80,6 @@ def predict_other(config: PipelineConfig, other: OtherModel) -> str:
     uri = others_uri(settings, other)
     _answer(config, exams, OtherPredictor, arguments, uri)
     print(report(other, read_predictions(uri)))
-    return uri
 
 
 def _answer(
@@ -114,24 +114,25 @@ def _answer(
 def evaluate(config: PipelineConfig) -> Summary:
     """Answer a split, score the answers and return the scores, also kept beside the tables.
 
-    With `evaluate.reuse_predictions` the answers are those that are there already.
+    With `evaluate.reuse_predictions` the answers are those that are there already; other models
+    that have none are asked.
 
     Raises:
         CheckpointError: when there is no checkpoint to answer with.
         StorageError: when there is no complete table of exams, or of predictions to reuse.
-        ConfigError: when the split holds no exam.
+        ConfigError: when the split holds no exam, or what another model needs is missing.
+        InputError: when another model answered nothing.
     """
     with open_run(config, "evaluate") as tracker:
         trained_on = config.data.exams_uri
+        asked = [(other, check(other)) for other in left_to_ask(config.evaluate)]
         config = find_exams(config)
         settings = config.evaluate
         uri = settings.predictions_uri if settings.reuse_predictions else predict(config)
-        for other in settings.others:
-            reused = settings.reuse_predictions and parquet.is_table(others_uri(settings, other))
-            if not (reused or other.is_answered):
-                predict_other(config, other)
-        is_known = parquet.is_table(trained_on)
-        summary = write_tables(settings, trained_on if is_known else config.data.exams_uri)
+        for other, api_key in asked:
+            predict_other(config, other, api_key)
+        places = dict.fromkeys([config.data.exams_uri, trained_on])
+        summary = write_tables(settings, *filter(parquet.is_table, places))
         tracker.metrics(summary.metrics)
         for name, rows in summary.tables.items():
             tracker.table(name, rows)

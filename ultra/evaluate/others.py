@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from ultra import storage
 from ultra.config import ConfigError, EvaluateConfig, OtherModel
-from ultra.data import schema
+from ultra.data import parquet, schema
 from ultra.evaluate.answers_file import AnswersFile, find_strays
 from ultra.evaluate.predictions import Prediction, to_table
 from ultra.types import FrameGroup
@@ -70,6 +70,23 @@ def _open(other: OtherModel, settings: EvaluateConfig, api_key: SecretStr) -> An
         max_concurrency=other.max_concurrency,
         request=other.request,
     )
+
+
+def others_uri(settings: EvaluateConfig, other: OtherModel) -> str:
+    """Return where the predictions of another model are kept."""
+    if other.is_answered:
+        return other.answers_uri
+    return f"{settings.predictions_uri.rstrip('/')}-{other.name}"
+
+
+def left_to_ask(settings: EvaluateConfig) -> list[OtherModel]:
+    """Return the other models whose predictions are not there already, or are not to be reused."""
+    reused = settings.reuse_predictions
+    return [
+        other
+        for other in settings.others
+        if not (other.is_answered or (reused and parquet.is_table(others_uri(settings, other))))
+    ]
 
 
 def check(other: OtherModel) -> SecretStr:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from ultra import storage
-from ultra.config import EvaluateConfig, InputError, OtherModel
-from ultra.evaluate.baselines import count_answers
+from ultra.config import EvaluateConfig, InputError
+from ultra.evaluate.baselines import BlindAnswers, count_answers
 from ultra.evaluate.comparison import line_up
+from ultra.evaluate.others import others_uri
 from ultra.evaluate.predictions import Prediction, count_training_answers, read_predictions
 from ultra.evaluate.published import to_markdown
 from ultra.evaluate.suites import answer_metrics
@@ -20,14 +21,7 @@ _COLUMNS = ("low95", "high95", "constant", "question_only")
 MARKDOWN = "tables.md"
 
 
-def others_uri(settings: EvaluateConfig, other: OtherModel) -> str:
-    """Return where the predictions of another model are kept."""
-    if other.is_answered:
-        return other.answers_uri
-    return f"{settings.predictions_uri.rstrip('/')}-{other.name}"
-
-
-def write_tables(settings: EvaluateConfig, exams_uri: str) -> Summary:
+def write_tables(settings: EvaluateConfig, *exams_uris: str) -> Summary:
     """Score the predictions at `settings.predictions_uri` and return what is kept.
 
     Kept at `settings.results_uri`: a JSON file for each table, `summary.json` with the metrics, and
@@ -37,7 +31,7 @@ def write_tables(settings: EvaluateConfig, exams_uri: str) -> Summary:
     Args:
         settings: what to score, how, and where to keep it; the predictions of `settings.others` are
             scored beside ours.
-        exams_uri: the exams with the training answers.
+        exams_uris: exams that may hold training answers; the first that do to such tasks count.
 
     Raises:
         StorageError: when there is no complete table of predictions or of exams.
@@ -53,8 +47,7 @@ def write_tables(settings: EvaluateConfig, exams_uri: str) -> Summary:
     }
     for name, given in others.items():
         _check_answered(name, given)
-    training = count_training_answers(exams_uri)
-    blind = count_answers(training) if training else None
+    blind = _count_blind({p.task for p in predictions}, exams_uris)
     summary = summarise(predictions, blind, metrics, settings.bootstrap_samples, others)
     files = {
         f"{name}.json": json.dumps(content, ensure_ascii=False, indent=1)
@@ -64,6 +57,16 @@ def write_tables(settings: EvaluateConfig, exams_uri: str) -> Summary:
     for file, text in files.items():
         storage.write_bytes(storage.join(settings.results_uri, file), text.encode())
     return summary
+
+
+def _count_blind(tasks: Collection[str], exams_uris: Iterable[str]) -> BlindAnswers | None:
+    """Return the blind answers of the first exams whose training split has some to these tasks."""
+    for uri in exams_uris:
+        counts = count_training_answers(uri)
+        known = {asked: count for asked, count in counts.items() if asked[0] in tasks}
+        if known:
+            return count_answers(known)
+    return None
 
 
 def _check_answered(name: str, given: Sequence[Prediction]) -> None:
