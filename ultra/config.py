@@ -310,7 +310,8 @@ class OtherModel(Section):
     api_key_env: str = ""
     """The environment variable that holds the endpoint's key; empty for none."""
     request: dict[str, Any] = {"temperature": 0}
-    """Further parameters of every request to the endpoint."""
+    """Further parameters of every request to the endpoint. With `max_tokens` among them it is not
+    sent `max_completion_tokens`, which older servers do not know."""
     max_concurrency: Positive = 8
     """Requests under way at the same time."""
     frames: Literal["all", "first"] = "all"

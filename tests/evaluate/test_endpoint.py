@@ -50,10 +50,15 @@ def test_a_question_goes_out_with_its_frames() -> None:
     assert (p.chosen, p.scores, p.token_ids) == (None, None, ())
 
 
-def test_only_the_first_frame_is_shown() -> None:
+def test_only_the_first_frame_is_shown_to_an_older_server() -> None:
     with serve(lambda *_: completion("囊肿")) as server:
-        Endpoint(server.url, "m", 5, frames="first").answer(make_exams("?"))
-    assert len(images_of(server.requests[0])) == 1
+        endpoint = Endpoint(server.url, "m", 5, frames="first", request={"max_tokens": 9})
+        endpoint.answer(make_exams("?"))
+    (request,) = server.requests
+    assert len(images_of(request)) == 1
+    assert request["max_tokens"] == 9
+    assert not {"max_completion_tokens", "temperature"} & request.keys()
+    assert server.keys == ["Bearer none"]
 
 
 def test_the_client_asks_again_and_gives_up_with_a_reason() -> None:

@@ -153,7 +153,7 @@ def test_answers_are_the_model_s_own(predictor: Predictor, exams: Exams) -> None
         embeds = splice(language.embedding, ids, torch.tensor(look.tokens_TD))
         expected: list[int] = []
         while len(expected) < 7 and language.tokenizer.eos_token_id not in expected:
-            logits = language(embeds, torch.ones(embeds.shape[:2]))
+            logits = language(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
             expected.append(int(logits[0, -1].argmax()))
             embeds = torch.cat([embeds, language.embedding(torch.tensor([expected[-1:]]))], dim=1)
         assert list(p.token_ids) == expected

@@ -29,7 +29,8 @@ class Endpoint:
         api_key: the key; None or empty for an endpoint without.
         frames: whether it is shown every frame, as one image each, or the first.
         max_concurrency: requests under way at the same time.
-        request: further parameters of every request.
+        request: further parameters of every request; an endpoint that does not know
+            `max_completion_tokens` is given `max_tokens` here instead.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Endpoint:
             max_retries=MAX_RETRIES,
             timeout=TIMEOUT_S,
         )
-        self.request = {"model": model, "max_completion_tokens": max_new_tokens, **(request or {})}
+        self.request: dict[str, Any] = {"model": model, **(request or {})}
+        if "max_tokens" not in self.request:
+            self.request.setdefault("max_completion_tokens", max_new_tokens)
         self.num_frames = 1 if frames == "first" else None
         self.max_concurrency = max_concurrency
 
