@@ -41,17 +41,18 @@ def test_models_are_rows_and_metrics_columns(tokenizer: str) -> None:
         "All questions", "Language en", "Language zh", "Modality CT", "Modality DX",
         "Modality MR", "Task Abnormality", "Task Modality", "Task Organ", "Task Position",
     ]  # fmt: skip
-    assert [*tables] == [f"{p}: {s}" for p in places for s in suites] + ["Differences"]
+    tail = f", {tokenizer} tokens"
+    assert [*tables] == [f"{p}: {s}{tail}" for p in places for s in suites] + ["Differences"]
     for title, rows in list(tables.items())[:-1]:
         assert [*rows] == ["model", "half-way"], title
-    overall = tables["All questions: strict"]
+    overall = tables[f"All questions: strict{tail}"]
     assert overall["model"]["questions"] == overall["half-way"]["questions"] == "20"
     assert overall["model"]["unanswered"] == "0"
     assert overall["half-way"]["unanswered"] == "10"
     assert overall["model"]["open-em"] == "0.400"
     assert overall["half-way"]["open-em"] == "0.100"  # question 1 of ten open ones
     assert f"f1-{tokenizer}" in overall["model"]
-    xray = tables["Modality DX: llava_med"]
+    xray = tables[f"Modality DX: llava_med{tail}"]
     assert xray["model"][f"em-{tokenizer}"] == "1.000"
     assert xray["half-way"]["closed_accuracy"] == "0.000"
 

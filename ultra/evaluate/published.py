@@ -41,7 +41,8 @@ def to_markdown(tables: Mapping[str, Rows], suites: Sequence[str], tokenizer: st
     lines = ["# Scores", "", caption(tokenizer)]
     for title, rows in _sections(tables):
         for suite in suites:
-            lines += ["", f"## {title}: {suite}", "", *_table(columns_of(suite, rows))]
+            heading = f"## {title}: {suite}, {tokenizer} tokens"
+            lines += ["", heading, "", *_table(columns_of(suite, rows))]
     if tables["differences"]:
         lines += ["", "## Differences", "", DIFFERENCES, "", *_table(tables["differences"])]
     return "\n".join(lines) + "\n"

@@ -39,6 +39,13 @@ _INTERVALS = (
     "95 % intervals of the model's scores, by the bootstrap over exams: where the score may lie on "
     "other exams like these, with this same model."
 )
+_PARTS = {
+    "about exams with a lesion": "lesions",
+    "by task": "tasks",
+    "by site": "sites",
+    "by modality": "modalities",
+    "by language": "languages",
+}
 _STRIPS = "Orange outside: the frame the model chose. Green inside: shows what the report says."
 _PICTURES = (
     "Under some exams, above: how each token of each frame scored (Eq. 3), the best one bordered "
@@ -102,11 +109,10 @@ def show_results(
         ("Facts", show_table(tables["findings"]) + f"<p>{_FACTS}</p>"),
         ("Frame selection", show_table(tables["selection"]) + f"<p>{_SELECTION}</p>"),
         ("Intervals", show_table(tables["intervals"]) + f"<p>{_INTERVALS}</p>"),
-        ("Answers about exams with a lesion", show_by_suite(tables["lesions"])),
-        ("Answers by task", show_by_suite(tables["tasks"])),
-        ("Answers by site", show_by_suite(tables["sites"])),
-        ("Answers by modality", show_by_suite(tables["modalities"])),
-        ("Answers by language", show_by_suite(tables["languages"])),
+        *(
+            (f"Answers {which}", f"<p>Tokens: {tokenizer}.</p>\n{show_by_suite(tables[table])}")
+            for which, table in _PARTS.items()
+        ),
     ]
     if tables["differences"]:
         differences = f"<p>{DIFFERENCES}</p>\n{show_table(tables['differences'])}"
