@@ -57,9 +57,9 @@ def test_answers_are_those_of_plain_greedy_decoding(weights: str, exams: Exams) 
 def test_the_first_frame_alone_is_an_option(weights: str, exams: Exams) -> None:
     exam = exams[0]
     alone = replace(exam, frames=exam.frames[:1])
-    first = ImageTextModel(weights, 4, frames="first")
+    first = ImageTextModel(weights, 4, frames="first", dtype="bfloat16")
     assert [p.token_ids for p in first.answer([exam])] == [
-        p.token_ids for p in ImageTextModel(weights, 4).answer([alone])
+        p.token_ids for p in ImageTextModel(weights, 4, dtype="bfloat16").answer([alone])
     ]
     seen = first._prompt(exam, questions_of(exam)[0])[0]["content"]
     assert [part["type"] for part in seen] == ["image", "text"]

@@ -114,6 +114,10 @@ def test_evaluate_scores_and_tracks(
         "selection.json",
         "sites.json",
         "tasks.json",
+        "modalities.json",
+        "languages.json",
+        "differences.json",
+        "tables.md",
         "report.html",
     } <= artifacts
     strips = {a.path for a in client.list_artifacts(run.info.run_id, "frames")}

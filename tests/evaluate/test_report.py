@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from ultra.evaluate.baselines import count_answers
-from ultra.evaluate.on_ray import NUM_EXPLAINED, NUM_SHOWN
 from ultra.evaluate.predictions import Prediction
 from ultra.evaluate.report import (
+    NUM_EXPLAINED,
+    NUM_SHOWN,
     pick_exams,
     show_by_suite,
     show_exam,

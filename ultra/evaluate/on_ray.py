@@ -16,29 +16,14 @@ from ultra import storage
 from ultra.config import ConfigError, OtherModel, PipelineConfig
 from ultra.data import parquet
 from ultra.data.on_ray import prepare
-from ultra.evaluate.figures import draw_curves, draw_strip
 from ultra.evaluate.others import OtherPredictor, check, left_to_ask, others_uri, report
-from ultra.evaluate.predictions import (
-    PREDICTIONS,
-    Prediction,
-    read_frames,
-    read_predictions,
-)
+from ultra.evaluate.predictions import PREDICTIONS, read_predictions
 from ultra.evaluate.predictor import Predictor
-from ultra.evaluate.report import (
-    pick_exams,
-    show_results,
-    spread,
-    spread_exams,
-)
+from ultra.evaluate.report import NUM_EXPLAINED, spread, track_report
 from ultra.evaluate.results import MARKDOWN, read_markdown, write_tables
 from ultra.evaluate.tables import Summary
 from ultra.model import checkpoint
-from ultra.page import build_page
-from ultra.tracking import Tracker, open_run, read_history
-
-NUM_SHOWN, NUM_EXPLAINED = 12, 3
-"""Exams shown as pictures, and those of them that also show what an answer rests on."""
+from ultra.tracking import open_run
 
 
 def predict(config: PipelineConfig) -> str:
@@ -137,7 +122,7 @@ def evaluate(config: PipelineConfig) -> Summary:
         for name, rows in summary.tables.items():
             tracker.table(name, rows)
         tracker.text(MARKDOWN, read_markdown(settings.results_uri))
-        _show(config, tracker, read_predictions(uri), summary)
+        track_report(config, tracker, read_predictions(uri), summary)
     return summary
 
 
@@ -185,21 +170,3 @@ def _read_exams(uri: str, exam_ids: Sequence[str], batch_size: int) -> ray.data.
     chosen = exams.filter(expr=col("exam_id").is_in(list(exam_ids)))
     # Row groups hold many batches; without this a small split would keep one replica busy.
     return chosen.repartition(target_num_rows_per_block=batch_size)
-
-
-def _show(
-    config: PipelineConfig, tracker: Tracker, predictions: Sequence[Prediction], summary: Summary
-) -> None:
-    shown = spread_exams(predictions, NUM_SHOWN)
-    exams = pick_exams(predictions, read_frames(config.data.exams_uri, shown))
-    for exam in exams:
-        p = exam.predictions[0]
-        figure = draw_strip(exam.frames, p.scores, p.chosen, p.valid)
-        tracker.figure(f"frames/{p.exam_id}", figure)
-        for png in (p.picture for p in exam.predictions if p.picture is not None):
-            tracker.picture(f"understanding/{p.exam_id}", png)
-    curves = read_history(config, "train")
-    if curves:
-        tracker.figure("training_curves", draw_curves(curves))
-    sections = show_results(summary, exams, curves, config.evaluate.tokenizer)
-    tracker.text("report.html", build_page(f"Evaluation of {config.name}", sections))

@@ -10,12 +10,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ultra.evaluate.figures import draw_curves
-from ultra.evaluate.predictions import Prediction
+from ultra.config import PipelineConfig
+from ultra.evaluate.figures import draw_curves, draw_strip
+from ultra.evaluate.predictions import Prediction, read_frames
 from ultra.evaluate.published import DIFFERENCES, caption, columns_of
 from ultra.evaluate.tables import Summary
 from ultra.model.drawing import to_png
-from ultra.page import data_uri, show_table
+from ultra.page import build_page, data_uri, show_table
+from ultra.tracking import Tracker, read_history
 
 _ROWS = (
     "<code>constant</code> gives each task its most frequent training answer, "
@@ -53,6 +55,29 @@ _PICTURES = (
     "a star over the best; on the right: where the answer looked, the mean over layers, heads and "
     "tokens of the answer. What is missing to 100 % went to the text."
 )
+
+
+NUM_SHOWN, NUM_EXPLAINED = 12, 3
+"""Exams shown as pictures, and those of them that also show what an answer rests on."""
+
+
+def track_report(
+    config: PipelineConfig, tracker: Tracker, predictions: Sequence[Prediction], summary: Summary
+) -> None:
+    """Record the report of an evaluation and the pictures in it."""
+    shown = spread_exams(predictions, NUM_SHOWN)
+    exams = pick_exams(predictions, read_frames(config.data.exams_uri, shown))
+    for exam in exams:
+        p = exam.predictions[0]
+        figure = draw_strip(exam.frames, p.scores, p.chosen, p.valid)
+        tracker.figure(f"frames/{p.exam_id}", figure)
+        for png in (p.picture for p in exam.predictions if p.picture is not None):
+            tracker.picture(f"understanding/{p.exam_id}", png)
+    curves = read_history(config, "train")
+    if curves:
+        tracker.figure("training_curves", draw_curves(curves))
+    sections = show_results(summary, exams, curves, config.evaluate.tokenizer)
+    tracker.text("report.html", build_page(f"Evaluation of {config.name}", sections))
 
 
 @dataclass(frozen=True, slots=True)
