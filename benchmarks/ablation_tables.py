@@ -169,7 +169,7 @@ def _score(run: Run, metrics: Mapping[str, Metric]) -> dict[str, float | None]:
         scores |= score_all(metrics, counts, range(len(run.predictions)))
     chosen = _choices(run)
     if chosen:
-        scores[SELECTION] = statistics.mean((p.valid or ())[p.chosen] for p in chosen)
+        scores[SELECTION] = statistics.mean((p.valid or ())[p.chosen or 0] for p in chosen)
     return scores
 
 

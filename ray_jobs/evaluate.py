@@ -2,8 +2,10 @@
 
     ray job submit --working-dir . -- python -m ray_jobs.evaluate --set root=$PWD/runs/tiny
 
-Scores, tables and pictures go to MLflow; scores and tables also to `evaluate.results_uri`. With
-`--set evaluate.reuse_predictions=true` the answers that are there are scored anew, without a model.
+Scores, tables and pictures go to MLflow; scores and tables also to `evaluate.results_uri`, where
+`tables.md` has those that papers print. With `--set evaluate.reuse_predictions=true` the answers
+that are there are scored anew, without a model. Public sets are read without a `prepare`
+(`evaluate.exams`), and other models answer beside ours (`evaluate.others`).
 """
 
 from ultra.cli import run_job
@@ -14,7 +16,9 @@ from ultra.evaluate.results import format_scores
 
 def main(config: PipelineConfig) -> None:
     """Run the job."""
-    print(format_scores(evaluate(config).metrics))
+    others = [other.name for other in config.evaluate.others]
+    print(format_scores(evaluate(config).metrics, others))
+    print(f"tables: {config.evaluate.results_uri}")
 
 
 if __name__ == "__main__":

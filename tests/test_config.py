@@ -82,6 +82,7 @@ def test_an_unknown_section_is_named() -> None:
         ("train.stages=[]", "train.stages", "at least 1 item"),
         ("evaluate.suites=[]", "evaluate.suites", "at least 1 item"),
         ("evaluate.suites=[strict, bleu]", "evaluate.suites.1", "'strict' or 'llava_med'"),
+        ("evaluate.others=[{name: a/b, weights: w}]", "evaluate.others.0.name", "match pattern"),
         ("evaluate.tokenizer=word", "evaluate.tokenizer", "'char', 'jieba', 'model' or"),
         ("model.language.weights=null", "model.language.weights", "valid string"),
     ],
@@ -120,6 +121,26 @@ def test_a_wrong_value_is_named_with_what_is_allowed(override: str, path: str, d
         (
             ["evaluate.suites=[strict, strict]"],
             "evaluate: suites must differ, got ['strict', 'strict']",
+        ),
+        (
+            ["evaluate.others=[{name: a, weights: w}, {name: a, weights: v}]"],
+            "evaluate: others must differ in name, got ['a', 'a']",
+        ),
+        (
+            ["evaluate.others=[{name: a, weights: w, base_url: u}]"],
+            "evaluate.others.0: a: give one of answers_uri, weights and base_url",
+        ),
+        (
+            ["evaluate.others=[{name: a}]"],
+            "evaluate.others.0: a: give one of answers_uri, weights and base_url",
+        ),
+        (
+            ["evaluate.others=[{name: a, base_url: u}]"],
+            "evaluate.others.0: a: base_url needs model, the name that it has there",
+        ),
+        (
+            ["evaluate.others=[{name: constant, weights: w}]"],
+            "evaluate.others.0: constant is the name of another row",
         ),
         (
             ["data.simulator.min_frames=9"],

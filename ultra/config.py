@@ -291,6 +291,53 @@ class TrainConfig(Section):
 
 Suite = Literal["strict", "llava_med"]
 
+RESERVED_ROWS = {"model", "constant", "question_only", "lesion", "low95", "high95"}
+
+
+class OtherModel(Section):
+    """A model that answers the same questions, for a row beside ours.
+
+    It has exactly one of `answers_uri`, `weights` and `base_url`.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Of its row and its metrics."""
+    answers_uri: str = ""
+    """Answers given elsewhere: a `.jsonl` file with `question_id` and `text`, as LLaVA's, or the
+    `predictions_uri` of another run."""
+    weights: str = ""
+    """A transformers directory of an image-text-to-text model, with its processor."""
+    base_url: str = ""
+    """An OpenAI-compatible endpoint, up to and including `/v1`."""
+    model: str = ""
+    """What the endpoint calls the model."""
+    api_key_env: str = ""
+    """The environment variable that holds the endpoint's key; empty for none."""
+    request: dict[str, Any] = {"temperature": 0}
+    """Further parameters of every request to the endpoint. With `max_tokens` among them it is not
+    sent `max_completion_tokens`, which older servers do not know."""
+    max_concurrency: Positive = 8
+    """Requests under way at the same time."""
+    frames: Literal["all", "first"] = "all"
+    """Whether it is shown every frame of an exam or only the first."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of its weights."""
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether its answers are predictions of another run already."""
+        return bool(self.answers_uri) and not self.answers_uri.endswith((".jsonl", ".json"))
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if sum(map(bool, (self.answers_uri, self.weights, self.base_url))) != 1:
+            raise ValueError(f"{self.name}: give one of answers_uri, weights and base_url")
+        if self.base_url and not self.model:
+            raise ValueError(f"{self.name}: base_url needs model, the name that it has there")
+        if self.name in RESERVED_ROWS:
+            raise ValueError(f"{self.name} is the name of another row")
+        return self
+
 
 class EvaluateConfig(Section):
     """Answering and scoring a split."""
@@ -314,11 +361,20 @@ class EvaluateConfig(Section):
     `model` the tokenizer of the checkpoint's language model."""
     bootstrap_samples: Annotated[int, Field(ge=0)] = 1000
     """Draws of exams behind the 95 % intervals; 0 for no intervals."""
+    others: tuple[OtherModel, ...] = ()
+    """Models whose answers are scored beside ours; those of NAME go to `predictions_uri`-NAME."""
+    exams: Literal["auto", "table", "source"] = "auto"
+    """Where the exams are read from. table: `data.exams_uri`; source: `data.format` and
+    `data.source_uri`, prepared into `results_uri`/exams, so that a public set is scored without a
+    `prepare`; auto: the table, and the source where one is named and no table is there."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
         if len(set(self.suites)) != len(self.suites):
             raise ValueError(f"suites must differ, got {list(self.suites)}")
+        names = [other.name for other in self.others]
+        if len(set(names)) != len(names):
+            raise ValueError(f"others must differ in name, got {names}")
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -55,6 +56,12 @@ def show_table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f"<th>{escape(str(name))}</th>" for name in rows[0])
     lines = ["<tr>" + "".join(_cell(row.get(name)) for name in rows[0]) + "</tr>" for row in rows]
     return f"<table>\n<tr>{head}</tr>\n" + "\n".join(lines) + "\n</table>"
+
+
+def data_uri(picture: bytes) -> str:
+    """Return a JPEG or PNG as an address that holds the picture itself."""
+    kind = "jpeg" if picture.startswith(b"\xff\xd8") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 def _cell(value: Any) -> str:

@@ -106,7 +106,9 @@ def test_no_rows_are_no_part_and_an_empty_table_is_a_table(tmp_path: Path) -> No
     with pytest.raises(storage.StorageError, match="no complete table here") as refused:
         parquet.read_parts(uri)
     assert "\n" not in str(refused.value)
+    assert not parquet.is_table(uri)
     parquet.publish_parts(uri, [])
+    assert parquet.is_table(uri)
     assert parquet.read_parts(uri) == []
 
 

@@ -27,6 +27,9 @@ def test_strip_outlines_the_chosen_and_the_valid_frames() -> None:
     assert colours(figure) == [{green}, {orange, green}, set()]
     assert [axis.get_title() for axis in figure.axes] == ["0.10", "0.25", "0.30"]
     assert colours(draw_strip(frames, (0.1, 0.2, 0.3), 2, None)) == [set(), set(), {orange}]
+    bare = draw_strip(frames, None, None, (True, False, False))
+    assert colours(bare) == [{green}, set(), set()]
+    assert [axis.get_title() for axis in bare.axes] == ["", "", ""]
     assert len(draw_strip(frames * 4, (0.0,) * 12, 11, None).axes) == 16  # two rows of eight
 
 

@@ -157,6 +157,18 @@ def test_open_scores_are_means_over_open_questions() -> None:
     assert score([("cyst", "cyst")])["llava_med/closed_accuracy"] is None
 
 
+def test_the_set_says_what_is_closed() -> None:
+    metrics = llava_med_metrics("whitespace", tokenize_whitespace)
+    given = [
+        make_prediction("upper lobe", "upper", closed=True),
+        make_prediction("yes", "yes", closed=False),
+    ]
+    scores = score_all(metrics, count_all(metrics, given), range(2))
+    assert scores["llava_med/closed_accuracy"] == 0  # neither yes nor no is in the answer
+    assert scores["llava_med/closed_accuracy-substring"] == 1
+    assert scores["llava_med/em-whitespace"] == 1  # over the second alone
+
+
 def test_closed_accuracies_keep_their_bugs() -> None:
     def closed(*pairs: tuple[str, str]) -> tuple[float | None, ...]:
         scores = score(list(pairs))

@@ -94,6 +94,31 @@ def test_closed_accuracy_counts_yes_and_no_questions_only() -> None:
     assert score("strict/closed_accuracy", pairs[-2:]) is None
 
 
+def test_the_set_says_what_is_closed() -> None:
+    given = [
+        make_prediction("左侧。", "左侧", closed=True),  # no yes, no no: as a whole
+        make_prediction("左侧", "右侧", closed=True),
+        make_prediction("有", "左侧", closed=True),
+        make_prediction("是", "是", closed=False),  # an open one, whatever its truth
+        make_prediction("囊肿", "结节"),
+    ]
+    counts = metrics.count_all(STRICT, given)
+    scores = metrics.score_all(STRICT, counts, range(5))
+    assert scores["strict/closed_accuracy"] == pytest.approx(1 / 3)
+    assert scores["strict/open-em"] == 1 / 2
+    assert scores["strict/open-bleu4-char"] == 0  # one of three tokens, and no pair
+    assert metrics.score_all(STRICT, counts, [0, 1])["strict/open-bleu4-char"] is None
+
+
+def test_clipped_precision_and_recall() -> None:
+    pairs = [("肾肾肾", "肾囊")]  # one of three is right, one of two is found
+    assert score("strict/open-precision-char", pairs) == pytest.approx(1 / 3)
+    assert score("strict/open-recall-char", pairs) == pytest.approx(1 / 2)
+    for name in ("strict/open-precision-char", "strict/open-recall-char"):
+        assert score(name, [("", "肾")]) == score(name, [("。", "肾")]) == 0
+        assert score(name, [("", "。")]) == 1
+
+
 def test_closed_accuracy_knows_opposites_in_both_languages() -> None:
     pairs = [("是的", "yes"), ("No.", "否"), ("不是", "是"), ("yes", "不包含"), ("abnormal", "no")]
     assert [score("strict/closed_accuracy", [pair]) for pair in pairs] == [1, 1, 0, 0, 0]
@@ -101,7 +126,9 @@ def test_closed_accuracy_knows_opposites_in_both_languages() -> None:
 
 def test_names_carry_suite_and_tokenizer() -> None:
     assert [*STRICT] == [
-        "strict/em", "strict/f1-char", "strict/bleu4-char", "strict/closed_accuracy",
+        "strict/em", "strict/f1-char", "strict/bleu4-char", "strict/open-em",
+        "strict/open-f1-char", "strict/open-precision-char",
+        "strict/open-recall-char", "strict/open-bleu4-char", "strict/closed_accuracy",
     ]  # fmt: skip
     assert "strict/f1-jieba" in metrics.strict_metrics("jieba", tokenize_char)
 

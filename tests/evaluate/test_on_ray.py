@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from tests.evaluate.image_text_weights import write_image_text_model
+from tests.evaluate.slake import QUESTIONS, make_predictions, write_set
+from tests.evaluate.vision_server import Reply, completion, serve
 from ultra import storage
-from ultra.config import ConfigError, PipelineConfig
-from ultra.data import parquet
-from ultra.evaluate.on_ray import evaluate, predict
+from ultra.config import ConfigError, InputError, OtherModel, PipelineConfig
+from ultra.data import parquet, schema
+from ultra.evaluate.on_ray import evaluate, find_exams, predict
 from ultra.evaluate.predictions import (
     Prediction,
     count_training_answers,
@@ -20,6 +23,7 @@ from ultra.evaluate.predictions import (
     read_predictions,
 )
 from ultra.evaluate.predictor import Predictor
+from ultra.evaluate.tables import summarise
 from ultra.model.checkpoint import CheckpointError
 from ultra.types import FrameGroup
 
@@ -110,6 +114,10 @@ def test_evaluate_scores_and_tracks(
         "selection.json",
         "sites.json",
         "tasks.json",
+        "modalities.json",
+        "languages.json",
+        "differences.json",
+        "tables.md",
         "report.html",
     } <= artifacts
     strips = {a.path for a in client.list_artifacts(run.info.run_id, "frames")}
@@ -132,6 +140,107 @@ def test_evaluate_scores_and_tracks(
     assert not [name for name in rescored.metrics if "llava_med" in name]
     (latest, _) = client.search_runs([experiment.experiment_id])
     assert count_pictures(latest.info.run_id) == 3  # they are kept with the answers
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_other_models_are_rows_beside_ours(
+    random_config, random_checkpoint, random_backbones, exams, tmp_path, capsys
+) -> None:
+    def with_ids(exam: FrameGroup) -> FrameGroup:
+        asked = (replace(c, question_id=f"{exam.exam_id}-{c.task}") for c in exam.conversations)
+        return replace(exam, conversations=tuple(asked))
+
+    root = str(tmp_path)
+    rows = [schema.to_row(with_ids(exam)) for exam in exams]
+    part = parquet.write_part(
+        rows, f"{root}/exams", schema.EXAMS, position=0, row_group_bytes=2**20
+    )
+    parquet.publish_parts(f"{root}/exams", [part] if part else [])
+    answers = tmp_path / "answers.jsonl"
+    lines = [("b-kind", "结节"), ("a-kind", "囊肿"), ("z", "?")]
+    answers.write_text("\n".join(json.dumps({"question_id": q, "text": t}) for q, t in lines))
+    weights = write_image_text_model(tmp_path / "llava", random_backbones / "language")
+
+    def reply(question: str, _: int) -> Reply:
+        return (400, {"error": {"message": "no"}}) if question == "是什么？" else completion("否")
+
+    with serve(reply) as server:
+        others = (
+            OtherModel(name="file", answers_uri=str(answers)),
+            OtherModel(name="llava", weights=weights, frames="first"),
+            OtherModel(name="gpt", base_url=server.url, model="m"),
+        )
+        more = {"others": others, "suites": ("strict",), "bootstrap_samples": 20}
+        config = configure(random_config, random_checkpoint, root, **more)
+        summary = evaluate(config)
+        num_requests = len(server.requests)
+    assert num_requests == 4  # the exam without conversations is asked for its report
+    printed = capsys.readouterr().out
+    assert "file: 2 of 4 questions answered" in printed
+    assert "  1 answers to questions that were not asked: z" in printed
+    assert "gpt: 3 of 4 questions answered" in printed
+    table = {row["row"]: row for row in summary.tables["answers"]}
+    assert [*table] == ["model", "constant", "question_only", "file", "llava", "gpt"]
+    assert [row["unanswered"] for row in table.values()] == [0, 0, 0, 1, 0, 1]
+    assert table["file"]["strict/em"] == pytest.approx(2 / 3)  # a-normal has no answer
+    assert table["gpt"]["strict/em"] == pytest.approx(1 / 3)  # a-normal alone
+    assert summary.metrics["gpt/strict/closed_accuracy"] == 1
+    assert summary.metrics["gpt/unanswered"] == 1
+    differences = {row["compared_with"]: row for row in summary.tables["differences"]}
+    assert {name: row["questions"] for name, row in differences.items()} == {
+        "file": 2, "llava": 3, "gpt": 2,
+    }  # fmt: skip
+    (unanswered,) = [p for p in read_predictions(f"{root}/predictions-gpt") if p.unanswered]
+    assert unanswered.question_id == "a-kind"
+    assert unanswered.unanswered.startswith("BadRequestError: ")
+    assert "| gpt |" in (tmp_path / "evaluate" / "tables.md").read_text()
+
+    # The endpoint is gone and so is the checkpoint; another run's answers come in as they are.
+    mine = OtherModel(name="before", answers_uri=config.evaluate.predictions_uri)
+    reuse = {"reuse_predictions": True, "others": (*others, mine)}
+    again = evaluate(configure(random_config, "nowhere", root, **{**more, **reuse}))
+    assert again.tables["answers"][:-1] == summary.tables["answers"]
+    assert again.tables["answers"][-1] == {**summary.tables["answers"][0], "row": "before"}
+    silent = OtherModel(name="silent", answers_uri=str(tmp_path / "silent.jsonl"))
+    (tmp_path / "silent.jsonl").write_text('{"question_id": "y", "text": "?"}')
+    with pytest.raises(InputError, match="silent answered none of 4 questions; of 3 of them: no"):
+        evaluate(configure(random_config, "", root, **{**more, **reuse, "others": (silent,)}))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_public_set_is_scored_without_a_prepare(
+    random_config, random_checkpoint, write_exams, tmp_path, capsys
+) -> None:
+    root = str(tmp_path)
+    answers = tmp_path / "answers.jsonl"
+    lines = [{"question_id": row[0], "text": row[-1]} for row in reversed(QUESTIONS)]
+    answers.write_text("\n".join(map(json.dumps, lines)))
+    others = (OtherModel(name="hand", answers_uri=str(answers)),)
+    more = {"others": others, "bootstrap_samples": 20}
+    config = configure(random_config, random_checkpoint, root, **more)
+    source = {"format": "slake", "source_uri": write_set(tmp_path), "assume_deidentified": "me"}
+    config = config.model_copy(update={"data": config.data.model_copy(update=source)})
+    summary = evaluate(config)
+    assert "5 exams (5 test), 5 frames" in capsys.readouterr().out
+    assert parquet.is_table(f"{root}/evaluate/exams")
+    assert parquet.is_table(f"{root}/evaluate/audit")
+    assert not parquet.is_table(f"{root}/exams")
+    assert summary.metrics["num_questions"] == 20
+    # The rows of the answers worked out by hand; no training answers, so no blind rows.
+    by_hand = summarise(make_predictions(), None, bootstrap_samples=0).tables
+    for table in ("answers", "languages", "modalities", "tasks"):
+        found = [row for row in summary.tables[table] if row["row"] == "hand"]
+        for row, expected in zip(found, by_hand[table], strict=True):
+            assert row == pytest.approx({**expected, "row": "hand"})  # sums in another order
+        assert {row["row"] for row in summary.tables[table]} == {"model", "hand"}
+
+    # A table that is there is what counts, unless the source is asked for. Its training answers
+    # are to other tasks, so there are no blind rows still.
+    write_exams(config.data.exams_uri)
+    assert find_exams(config) is config
+    again = config.evaluate.model_copy(update={"exams": "source", "reuse_predictions": True})
+    public = evaluate(config.model_copy(update={"evaluate": again}))
+    assert public.tables == summary.tables
 
 
 def test_what_is_missing_is_named(random_config, random_checkpoint, write_exams, tmp_path) -> None:

@@ -15,8 +15,8 @@ from PIL import Image
 from ultra.data import schema
 from ultra.data.features import unpack
 from ultra.data.prompts import encode_prompt
-from ultra.evaluate.predictions import PREDICTIONS, to_table
-from ultra.evaluate.predictor import Predictor, questions_of
+from ultra.evaluate.predictions import PREDICTIONS, Question, questions_of, to_table
+from ultra.evaluate.predictor import Predictor
 from ultra.model.splice import splice
 from ultra.types import Conversation, FrameGroup, Turn
 
@@ -29,10 +29,12 @@ def predictor(random_checkpoint: str) -> Predictor:
 
 
 def test_single_turn_instruct_questions_are_asked(exams: Exams) -> None:
-    assert questions_of(exams[0]) == [("kind", "是什么？", "囊肿"), ("normal", "是否正常？", "否")]
-    ((task, question, truth),) = questions_of(exams[2])
-    assert (task, truth) == ("report", None)
-    assert question.endswith(("。", "？"))
+    assert questions_of(exams[0]) == [
+        Question("kind", "是什么？", "囊肿"), Question("normal", "是否正常？", "否"),
+    ]  # fmt: skip
+    (question,) = questions_of(exams[2])
+    assert (question.task, question.truth) == ("report", None)
+    assert question.text.endswith(("。", "？"))
 
 
 def test_a_table_of_exams_becomes_a_table_of_predictions(
@@ -151,7 +153,7 @@ def test_answers_are_the_model_s_own(predictor: Predictor, exams: Exams) -> None
         embeds = splice(language.embedding, ids, torch.tensor(look.tokens_TD))
         expected: list[int] = []
         while len(expected) < 7 and language.tokenizer.eos_token_id not in expected:
-            logits = language(embeds, torch.ones(embeds.shape[:2]))
+            logits = language(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool))
             expected.append(int(logits[0, -1].argmax()))
             embeds = torch.cat([embeds, language.embedding(torch.tensor([expected[-1:]]))], dim=1)
         assert list(p.token_ids) == expected

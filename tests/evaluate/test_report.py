@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from ultra.evaluate.baselines import count_answers
-from ultra.evaluate.on_ray import NUM_EXPLAINED, NUM_SHOWN
 from ultra.evaluate.predictions import Prediction
 from ultra.evaluate.report import (
+    NUM_EXPLAINED,
+    NUM_SHOWN,
     pick_exams,
     show_by_suite,
     show_exam,
@@ -92,6 +93,27 @@ def test_the_whole_page() -> None:
     assert all(source.startswith("data:image/") for source in sources)
     assert not page.all("script")
     assert not page.all("link")
+
+
+def test_other_models_languages_and_modalities() -> None:
+    known = PREDICTIONS[::2]
+    english = [replace(p, language="en", modality="CT") for p in known]
+    others = {"gpt-4v": [replace(p, answer="囊肿", scores=None, chosen=None) for p in english]}
+    summary = summarise(english, None, None, 20, others)
+    sections = dict(show_results(summary, [], {}, "char"))
+    assert "`char`: a token is a Chinese character" in sections["Answers"]
+    for heading in ("Answers", "Differences", "Answers by language", "Answers by modality"):
+        assert "gpt-4v" in Page(sections[heading]).words, heading
+    assert "en" in Page(sections["Answers by language"]).words
+    assert "CT" in Page(sections["Answers by modality"]).words
+    assert "Differences" not in dict(show_results(summarise(english, None), [], {}))
+
+
+def test_a_model_that_chooses_no_frame_has_no_scores_to_show() -> None:
+    (exam,) = pick_exams([replace(PREDICTIONS[0], scores=None, chosen=None)], FRAMES)
+    page = Page(show_exam(exam))
+    assert "frame 1 · valid" in page.words
+    assert [f["class"] for f in page.all("figure")] == ["valid", "valid", ""]
 
 
 def test_says_what_it_is_not() -> None:

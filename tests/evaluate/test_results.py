@@ -44,7 +44,7 @@ def test_tables_from_predictions_alone(settings: EvaluateConfig, tmp_path: Path)
     assert summary.metrics["constant/strict/em"] == 0.5  # 囊肿, the training exams' answer
     assert summary.metrics["selection/accuracy"] == 1
     files = {path.name for path in (tmp_path / "results").iterdir()}
-    assert files == {f"{name}.json" for name in ("summary", *TABLES)}
+    assert files == {"tables.md", *(f"{name}.json" for name in ("summary", *TABLES))}
     kept = read_summary(settings.results_uri)
     assert kept.metrics == pytest.approx(summary.metrics)
     assert kept.tables["intervals"] == json.loads(json.dumps(summary.tables["intervals"]))

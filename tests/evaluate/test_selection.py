@@ -47,6 +47,7 @@ def test_each_exam_counts_once_and_only_where_there_is_a_choice() -> None:
             predict("all", (True, True)),
             predict("none", (False, False)),
             predict("unknown", None),
+            make_prediction(exam_id="no choice", valid=mixed, scores=None, chosen=None),
         ]
     )
     assert [p.exam_id for p in exams] == ["a", "b"]

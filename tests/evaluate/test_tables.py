@@ -119,7 +119,9 @@ def test_metrics_are_chosen() -> None:
     summary = summarise([predict("a", "kind", "Cyst", "cyst")], BLIND, metrics, 0)
     (model, *_) = summary.tables["answers"]
     assert [name for name in model if "/" in name] == [
-        "strict/em", "strict/f1-whitespace", "strict/bleu4-whitespace", "strict/closed_accuracy",
+        "strict/em", "strict/f1-whitespace", "strict/bleu4-whitespace", "strict/open-em",
+        "strict/open-f1-whitespace", "strict/open-precision-whitespace",
+        "strict/open-recall-whitespace", "strict/open-bleu4-whitespace", "strict/closed_accuracy",
         "findings/precision", "findings/recall", "findings/f1",
     ]  # fmt: skip
     assert summary.tables["intervals"] == []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from ultra.config import ConfigError
+from ultra.config import ConfigError, EvaluateConfig
 from ultra.evaluate.tokenizers import (
+    describe_tokenizer,
     get_tokenizer,
     tokenize_char,
     tokenize_whitespace,
@@ -77,3 +79,9 @@ def test_the_language_model_s_own(random_backbones: Path, tmp_path: Path) -> Non
 def test_no_other() -> None:
     with pytest.raises(ValueError, match="no tokenizer 'bpe'"):
         get_tokenizer("bpe")
+
+
+def test_every_tokenizer_of_the_configuration_is_described() -> None:
+    names = get_args(EvaluateConfig.model_fields["tokenizer"].annotation)
+    assert len(names) == 4
+    assert all(describe_tokenizer(name).startswith(f"`{name}`: ") for name in names)

@@ -105,6 +105,11 @@ def read_parts(uri: str) -> list[Part]:
     return [Part(item["name"], item["rows"]) for item in raw["parts"]]
 
 
+def is_table(uri: str) -> bool:
+    """Return whether a complete table stands at an address."""
+    return storage.exists(storage.join(uri, _MANIFEST))
+
+
 def part_uri(uri: str, part: Part) -> str:
     """Return the address of a part of the table at `uri`."""
     return storage.join(uri, part.name)

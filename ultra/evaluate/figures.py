@@ -14,8 +14,8 @@ from ultra.model.drawing import CHOSEN_COLOUR, INSET, VALID_COLOUR, outline
 
 def draw_strip(
     frames: Sequence[bytes],
-    scores: Sequence[float],
-    chosen: int,
+    scores: Sequence[float] | None,
+    chosen: int | None,
     valid: Sequence[bool] | None,
     title: str = "",
 ) -> Figure:
@@ -26,8 +26,8 @@ def draw_strip(
 
     Args:
         frames: encoded frames, one at least.
-        scores: feature score of each.
-        chosen: index of the chosen one.
+        scores: feature score of each; None for a model that has none.
+        chosen: index of the chosen one; None where none was chosen.
         valid: which are valid; None where nobody knows.
         title: in Latin script, the only one every matplotlib has glyphs for.
     """
@@ -41,7 +41,7 @@ def draw_strip(
         with Image.open(io.BytesIO(frame)) as image:
             pixels = np.asarray(image.convert("RGB"))
         axis.imshow(pixels)
-        axis.set_title(f"{scores[index]:.2f}", y=-0.16, fontsize=9)
+        axis.set_title(f"{scores[index]:.2f}" if scores else "", y=-0.16, fontsize=9)
         height, width = pixels.shape[:2]
         if index == chosen:
             outline(axis, width, height, 0.0, CHOSEN_COLOUR)

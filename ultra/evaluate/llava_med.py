@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from ultra.evaluate.metrics import Metric, ngrams, polarity
+from ultra.evaluate.metrics import Metric, is_closed, ngrams
 from ultra.evaluate.predictions import Prediction
 from ultra.evaluate.tokenizers import Tokenize
 
@@ -129,9 +129,9 @@ def bleu(answer: str, truth: str, weights: Sequence[float], tokenize: Tokenize) 
 def llava_med_metrics(tokenizer: str, tokenize: Tokenize) -> dict[str, Metric]:
     """Return the suite: means over open questions, and accuracies over closed ones.
 
-    A question is closed where its truth is a plain yes or no, in Chinese or English; the published
-    data say so by hand. Of the closed accuracies the bare name is `run_eval.py`'s as corrected
-    later, `misses_dropped` the first one's, and `substring` that of `run_eval_batch.py`.
+    Which questions are closed the published data say by hand, see `is_closed`. Of the closed
+    accuracies the bare name is `run_eval.py`'s as corrected later, `misses_dropped` the first
+    one's, and `substring` that of `run_eval_batch.py`.
 
     Args:
         tokenizer: its name.
@@ -165,21 +165,19 @@ def _open(value: Callable[[str, str], float]) -> Metric:
     """Return the mean of a value of (answer, truth) over open questions."""
 
     def count(p: Prediction) -> Sequence[float]:
-        truth = p.truth or ""
-        if polarity(truth, whole=True) is not None:
+        if is_closed(p):
             return 0, 0
         # Answer and truth come normalised, and `exact_match` and `f1` do it again, as published.
-        return value(normalise(p.answer.lower()), normalise(truth.lower())), 1
+        return value(normalise(p.answer.lower()), normalise((p.truth or "").lower())), 1
 
     return Metric(count)
 
 
 def _closed(count_pair: Callable[[str, str], Sequence[float]]) -> Metric:
     def count(p: Prediction) -> Sequence[float]:
-        truth = p.truth or ""
-        if polarity(truth, whole=True) is None:
+        if not is_closed(p):
             return 0, 0
-        return count_pair(normalise(p.answer.lower()), normalise(truth.lower()))
+        return count_pair(normalise(p.answer.lower()), normalise((p.truth or "").lower()))
 
     return Metric(count)
 

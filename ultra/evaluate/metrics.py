@@ -79,10 +79,14 @@ def strict_metrics(tokenizer: str, tokenize: Tokenize) -> dict[str, Metric]:
     whatever tokenizer the others use: case, width, spaces and punctuation do not count, everything
     else does. `f1` is the mean over answers of the F1 between bags of tokens; counts are clipped,
     so a token said three times matches at most as often as the truth has it. `bleu4` is corpus
-    BLEU (Papineni et al., 2002), see `score_bleu`. `closed_accuracy` is the share of right answers
-    to questions whose truth is a plain yes or no: words of one meaning count as equal and opposite
-    ones never do (不包含 for 包含 is wrong although most of its characters match), and an answer
-    that says neither is wrong.
+    BLEU (Papineni et al., 2002), see `score_bleu`. Those behind `open-` count over the questions
+    that are not closed, as published tables do; `open-precision` and `open-recall` are means over
+    answers, of the same clipped counts as `f1`.
+
+    `closed_accuracy` is the share of right answers to closed questions, see `is_closed`. Where
+    truth and answer both say yes or no, words of one meaning count as equal and opposite ones never
+    do (不包含 for 包含 is wrong although most of its characters match); where one of them says
+    neither (左侧), the answer is right when it equals the truth as for `em`.
 
     Args:
         tokenizer: its name.
@@ -95,6 +99,12 @@ def strict_metrics(tokenizer: str, tokenize: Tokenize) -> dict[str, Metric]:
     def f1(p: Prediction) -> Sequence[float]:
         return clipped_f1(tokenize(p.answer), tokenize(p.truth or "")), 1
 
+    def precision(p: Prediction) -> Sequence[float]:
+        return clipped_precision(tokenize(p.answer), tokenize(p.truth or "")), 1
+
+    def recall(p: Prediction) -> Sequence[float]:
+        return clipped_precision(tokenize(p.truth or ""), tokenize(p.answer)), 1
+
     def bleu(p: Prediction) -> Sequence[float]:
         return count_bleu(tokenize(p.answer), tokenize(p.truth or ""))
 
@@ -102,6 +112,11 @@ def strict_metrics(tokenizer: str, tokenize: Tokenize) -> dict[str, Metric]:
         "strict/em": Metric(em),
         f"strict/f1-{tokenizer}": Metric(f1),
         f"strict/bleu4-{tokenizer}": Metric(bleu, score_bleu),
+        "strict/open-em": Metric(_over_open(em)),
+        f"strict/open-f1-{tokenizer}": Metric(_over_open(f1)),
+        f"strict/open-precision-{tokenizer}": Metric(_over_open(precision)),
+        f"strict/open-recall-{tokenizer}": Metric(_over_open(recall)),
+        f"strict/open-bleu4-{tokenizer}": Metric(_over_open(bleu), score_bleu),
         "strict/closed_accuracy": Metric(_closed),
     }
 
@@ -112,6 +127,13 @@ def clipped_f1(answer: Sequence[str], truth: Sequence[str]) -> float:
         return float(len(answer) == len(truth))
     shared = (Counter(answer) & Counter(truth)).total()
     return 2 * shared / (len(answer) + len(truth))
+
+
+def clipped_precision(answer: Sequence[str], truth: Sequence[str]) -> float:
+    """Return the share of an answer's tokens that the truth has; 1 where both are empty."""
+    if not answer or not truth:
+        return float(len(answer) == len(truth))
+    return (Counter(answer) & Counter(truth)).total() / len(answer)
 
 
 def ngrams(tokens: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
@@ -126,13 +148,15 @@ def count_bleu(answer: Sequence[str], truth: Sequence[str]) -> list[float]:
     return [*matches, *(said.total() for said, _ in pairs), len(answer), len(truth)]
 
 
-def score_bleu(sums: Sequence[float]) -> float:
+def score_bleu(sums: Sequence[float]) -> float | None:
     """Return corpus BLEU-4 without smoothing from sums of `count_bleu`.
 
     The geometric mean of the corpus's n-gram precisions times the brevity penalty. Orders the
     answers are too short for are left out (effective order), so a perfect answer of two characters
-    scores 1; an order that has n-grams and no match gives 0.
+    scores 1; an order that has n-grams and no match gives 0. None where nothing was counted.
     """
+    if not any(sums):
+        return None
     used = [(m, t) for m, t in zip(sums[:4], sums[4:8], strict=True) if t]
     if not used or not all(m for m, _ in used):
         return 0.0
@@ -168,6 +192,28 @@ def _begins(clause: str, word: str) -> bool:
     return rest != clause and not (word.isascii() and rest[:1].isascii())
 
 
+def is_closed(p: Prediction) -> bool:
+    """Return whether a question has few possible answers.
+
+    As its set says; where that says nothing, when the truth is a plain yes or no.
+    """
+    return polarity(p.truth or "", whole=True) is not None if p.closed is None else p.closed
+
+
+def _over_open(count: Callable[[Prediction], Sequence[float]]) -> Callable[..., Sequence[float]]:
+    """Return `count` with nothing to add for closed questions."""
+
+    def count_open(p: Prediction) -> Sequence[float]:
+        counts = count(p)
+        return [0.0] * len(counts) if is_closed(p) else counts
+
+    return count_open
+
+
 def _closed(p: Prediction) -> Sequence[float]:
-    truth = polarity(p.truth or "", whole=True)
-    return (0, 0) if truth is None else (polarity(p.answer) is truth, 1)
+    if not is_closed(p):
+        return 0, 0
+    said, meant = polarity(p.answer), polarity(p.truth or "", whole=True)
+    if said is None or meant is None:
+        return tokenize_char(p.answer) == tokenize_char(p.truth or ""), 1
+    return said is meant, 1

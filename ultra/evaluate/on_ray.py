@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 import ray.data
+from pydantic import SecretStr
 from ray.data import ActorPoolStrategy
 from ray.data.expressions import col
 
 from ultra import storage
-from ultra.config import ConfigError, PipelineConfig
+from ultra.config import ConfigError, OtherModel, PipelineConfig
 from ultra.data import parquet
-from ultra.evaluate.figures import draw_curves, draw_strip
-from ultra.evaluate.predictions import (
-    PREDICTIONS,
-    Prediction,
-    read_frames,
-    read_predictions,
-)
+from ultra.data.on_ray import prepare
+from ultra.evaluate.others import OtherPredictor, check, left_to_ask, others_uri, report
+from ultra.evaluate.predictions import PREDICTIONS, read_predictions
 from ultra.evaluate.predictor import Predictor
-from ultra.evaluate.report import (
-    pick_exams,
-    show_results,
-    spread,
-    spread_exams,
-)
-from ultra.evaluate.results import write_tables
+from ultra.evaluate.report import NUM_EXPLAINED, spread, track_report
+from ultra.evaluate.results import MARKDOWN, read_markdown, write_tables
 from ultra.evaluate.tables import Summary
 from ultra.model import checkpoint
-from ultra.page import build_page
-from ultra.tracking import Tracker, open_run, read_history
-
-NUM_SHOWN, NUM_EXPLAINED = 12, 3
-"""Exams shown as pictures, and those of them that also show what an answer rests on."""
+from ultra.tracking import open_run
 
 
 def predict(config: PipelineConfig) -> str:
@@ -45,18 +34,51 @@ def predict(config: PipelineConfig) -> str:
         StorageError: when there is no complete table of exams.
         ConfigError: when the split holds no exam.
     """
+    config = find_exams(config)
     settings = config.evaluate
     checkpoint.read(settings.checkpoint_uri)
     exam_ids = _exam_ids(config)
     exams = _read_exams(config.data.exams_uri, exam_ids, settings.batch_size)
+    arguments = {
+        "checkpoint_uri": settings.checkpoint_uri,
+        "max_new_tokens": settings.max_new_tokens,
+        "device": "cuda" if settings.gpus_per_replica else "cpu",
+        "explained": spread(exam_ids, NUM_EXPLAINED),
+    }
+    _answer(config, exams, Predictor, arguments, settings.predictions_uri)
+    return settings.predictions_uri
+
+
+def predict_other(config: PipelineConfig, other: OtherModel, api_key: SecretStr) -> None:
+    """Answer the same questions with another model and say how many it answered.
+
+    Raises:
+        StorageError: when there is no complete table of exams.
+        ConfigError: when the split holds no exam, or two questions of a file of answers one id.
+    """
+    settings = config.evaluate
+    arguments = {"other": other, "settings": settings, "api_key": api_key}
+    if not other.weights:  # nothing that computes: one replica reads a file or asks an endpoint
+        alone = {"num_replicas": 1, "cpus_per_replica": 1, "gpus_per_replica": 0}
+        config = config.model_copy(update={"evaluate": settings.model_copy(update=alone)})
+    exams = _read_exams(config.data.exams_uri, _exam_ids(config), settings.batch_size)
+    uri = others_uri(settings, other)
+    _answer(config, exams, OtherPredictor, arguments, uri)
+    print(report(other, read_predictions(uri)))
+
+
+def _answer(
+    config: PipelineConfig,
+    exams: ray.data.Dataset,
+    predictor: type[Predictor] | type[OtherPredictor],
+    arguments: Mapping[str, Any],
+    uri: str,
+) -> None:
+    """Write the predictions about exams as the table at an address."""
+    settings = config.evaluate
     answered = exams.map_batches(
-        Predictor,
-        fn_constructor_kwargs={
-            "checkpoint_uri": settings.checkpoint_uri,
-            "max_new_tokens": settings.max_new_tokens,
-            "device": "cuda" if settings.gpus_per_replica else "cpu",
-            "explained": spread(exam_ids, NUM_EXPLAINED),
-        },
+        predictor,
+        fn_constructor_kwargs=dict(arguments),
         batch_size=settings.batch_size,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=settings.num_replicas),
@@ -66,34 +88,65 @@ def predict(config: PipelineConfig) -> str:
     tables: Iterable[pa.Table] = answered.iter_batches(batch_size=None, batch_format="pyarrow")
     part = parquet.write_part(
         (row for table in tables for row in table.to_pylist()),
-        settings.predictions_uri,
+        uri,
         PREDICTIONS,
         position=0,
         row_group_bytes=config.data.row_group_mib * 2**20,
     )
-    parquet.publish_parts(settings.predictions_uri, [part] if part else [])
-    return settings.predictions_uri
+    parquet.publish_parts(uri, [part] if part else [])
 
 
 def evaluate(config: PipelineConfig) -> Summary:
     """Answer a split, score the answers and return the scores, also kept beside the tables.
 
-    With `evaluate.reuse_predictions` the answers are those that are there already.
+    With `evaluate.reuse_predictions` the answers are those that are there already; other models
+    that have none are asked.
 
     Raises:
         CheckpointError: when there is no checkpoint to answer with.
         StorageError: when there is no complete table of exams, or of predictions to reuse.
-        ConfigError: when the split holds no exam.
+        ConfigError: when the split holds no exam, or what another model needs is missing.
+        InputError: when another model answered nothing.
     """
     with open_run(config, "evaluate") as tracker:
+        trained_on = config.data.exams_uri
+        asked = [(other, check(other)) for other in left_to_ask(config.evaluate)]
+        config = find_exams(config)
         settings = config.evaluate
         uri = settings.predictions_uri if settings.reuse_predictions else predict(config)
-        summary = write_tables(settings, config.data.exams_uri)
+        for other, api_key in asked:
+            predict_other(config, other, api_key)
+        places = dict.fromkeys([config.data.exams_uri, trained_on])
+        summary = write_tables(settings, *filter(parquet.is_table, places))
         tracker.metrics(summary.metrics)
         for name, rows in summary.tables.items():
             tracker.table(name, rows)
-        _show(config, tracker, read_predictions(uri), summary)
+        tracker.text(MARKDOWN, read_markdown(settings.results_uri))
+        track_report(config, tracker, read_predictions(uri), summary)
     return summary
+
+
+def find_exams(config: PipelineConfig) -> PipelineConfig:
+    """Return the configuration with `data.exams_uri` where the exams to be answered are.
+
+    Those of the source are prepared beside the results first, unless answers about them are reused.
+
+    Raises:
+        StorageError: when the source or a target cannot be reached.
+        ConfigError: for an unknown format or a source that holds no exam.
+    """
+    data, settings = config.data, config.evaluate
+    missing = bool(data.source_uri) and not parquet.is_table(data.exams_uri)
+    if settings.exams == "table" or (settings.exams == "auto" and not missing):
+        return config
+    names = ("exams", "quarantine", "audit")
+    places = {f"{name}_uri": storage.join(settings.results_uri, name) for name in names}
+    beside = data.model_copy(update=places)
+    if not (settings.reuse_predictions and parquet.is_table(beside.exams_uri)):
+        print(prepare(beside).summary())
+    print(f"exams: {beside.exams_uri}, quarantine: {beside.quarantine_uri}")
+    found = settings.model_copy(update={"exams": "table"})
+    return config.model_copy(update={"data": beside, "evaluate": found})
 
 
 def _exam_ids(config: PipelineConfig) -> list[str]:
@@ -117,21 +170,3 @@ def _read_exams(uri: str, exam_ids: Sequence[str], batch_size: int) -> ray.data.
     chosen = exams.filter(expr=col("exam_id").is_in(list(exam_ids)))
     # Row groups hold many batches; without this a small split would keep one replica busy.
     return chosen.repartition(target_num_rows_per_block=batch_size)
-
-
-def _show(
-    config: PipelineConfig, tracker: Tracker, predictions: Sequence[Prediction], summary: Summary
-) -> None:
-    shown = spread_exams(predictions, NUM_SHOWN)
-    exams = pick_exams(predictions, read_frames(config.data.exams_uri, shown))
-    for exam in exams:
-        p = exam.predictions[0]
-        figure = draw_strip(exam.frames, p.scores, p.chosen, p.valid)
-        tracker.figure(f"frames/{p.exam_id}", figure)
-        for png in (p.picture for p in exam.predictions if p.picture is not None):
-            tracker.picture(f"understanding/{p.exam_id}", png)
-    curves = read_history(config, "train")
-    if curves:
-        tracker.figure("training_curves", draw_curves(curves))
-    sections = show_results(summary, exams, curves)
-    tracker.text("report.html", build_page(f"Evaluation of {config.name}", sections))

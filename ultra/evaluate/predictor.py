@@ -10,10 +10,15 @@ import torch
 
 from ultra.data import schema
 from ultra.data.features import Features
-from ultra.data.instructions import QUESTIONS
 from ultra.data.prompts import encode_prompt
 from ultra.evaluate.baselines import find_blobs
-from ultra.evaluate.predictions import Prediction, questions_in, to_table
+from ultra.evaluate.predictions import (
+    Prediction,
+    Question,
+    answer_question,
+    questions_of,
+    to_table,
+)
 from ultra.model import checkpoint
 from ultra.model.drawing import draw_understanding, to_png
 from ultra.model.generation import Completion, Generator, Request
@@ -21,9 +26,6 @@ from ultra.model.llava_ultra import draw_number
 from ultra.model.strategies import find_strategy, num_visual_tokens
 from ultra.model.understanding import Understanding, understand
 from ultra.types import IGNORED, FrameGroup, Turn, VisualTokens
-
-Question = tuple[str, str, str | None]
-"""(task, question, truth)."""
 
 
 class Predictor:
@@ -106,7 +108,7 @@ class Predictor:
         return {n: f[None] for n, f in self.visual.encoders.encode([group.frames]).items()}
 
     def _request(self, group: FrameGroup, look: VisualTokens, question: Question) -> Request:
-        turns = [Turn("user", question[1])]
+        turns = [Turn("user", question.text)]
         language = self.config.language
         prompt_ids = encode_prompt(
             self.language.tokenizer, language.template, turns, len(look.tokens_TD)
@@ -122,24 +124,17 @@ class Predictor:
         completion: Completion,
         blobs: tuple[int, int] | None,
     ) -> Prediction:
-        task, text, truth = question
         answer = self.language.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        return Prediction(
-            exam_id=group.exam_id,
-            patient_key=group.patient_key,
-            site=group.site,
-            task=task,
-            question=text,
-            answer=answer.strip(),
-            truth=truth,
+        return answer_question(
+            group,
+            question,
+            answer,
             chosen=look.chosen,
             scores=look.scores_K,
-            valid=group.valid,
             brightest=blobs[0] if blobs else None,
             darkest=blobs[1] if blobs else None,
             token_ids=completion.token_ids,
             finish_reason=completion.finish_reason,
-            content_sha256=schema.content_digest(group.frames),
         )
 
     def explain(
@@ -185,14 +180,6 @@ class Predictor:
                 shown = list(pictures(group.frames))
                 drawn[id(p)] = to_png(draw_understanding(understanding, shown, group.valid))
         return [replace(p, picture=drawn.get(id(p))) for p in predictions]
-
-
-def questions_of(group: FrameGroup) -> list[Question]:
-    """Return the single-turn `instruct` questions of an exam with their true answers.
-
-    An exam that has none is asked for its report; nothing is known to compare that with.
-    """
-    return list(questions_in(group.conversations)) or [("report", QUESTIONS["report"][0], None)]
 
 
 def _gradable_blobs(group: FrameGroup) -> tuple[int, int] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,16 +10,20 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ultra.evaluate.figures import draw_curves
-from ultra.evaluate.predictions import Prediction
+from ultra.config import PipelineConfig
+from ultra.evaluate.figures import draw_curves, draw_strip
+from ultra.evaluate.predictions import Prediction, read_frames
+from ultra.evaluate.published import DIFFERENCES, caption, columns_of
 from ultra.evaluate.tables import Summary
 from ultra.model.drawing import to_png
-from ultra.page import show_table
+from ultra.page import build_page, data_uri, show_table
+from ultra.tracking import Tracker, read_history
 
 _ROWS = (
     "<code>constant</code> gives each task its most frequent training answer, "
     "<code>question_only</code> the most frequent training answer to the very same question: what "
-    "a model that never looks at the frames could reach."
+    "a model that never looks at the frames could reach. Neither is there where nothing is known "
+    "of the training answers."
 )
 _SELECTION = (
     "Over the exams in which some frames show what the report says and some do not. "
@@ -38,6 +41,13 @@ _INTERVALS = (
     "95 % intervals of the model's scores, by the bootstrap over exams: where the score may lie on "
     "other exams like these, with this same model."
 )
+_PARTS = {
+    "about exams with a lesion": "lesions",
+    "by task": "tasks",
+    "by site": "sites",
+    "by modality": "modalities",
+    "by language": "languages",
+}
 _STRIPS = "Orange outside: the frame the model chose. Green inside: shows what the report says."
 _PICTURES = (
     "Under some exams, above: how each token of each frame scored (Eq. 3), the best one bordered "
@@ -45,6 +55,29 @@ _PICTURES = (
     "a star over the best; on the right: where the answer looked, the mean over layers, heads and "
     "tokens of the answer. What is missing to 100 % went to the text."
 )
+
+
+NUM_SHOWN, NUM_EXPLAINED = 12, 3
+"""Exams shown as pictures, and those of them that also show what an answer rests on."""
+
+
+def track_report(
+    config: PipelineConfig, tracker: Tracker, predictions: Sequence[Prediction], summary: Summary
+) -> None:
+    """Record the report of an evaluation and the pictures in it."""
+    shown = spread_exams(predictions, NUM_SHOWN)
+    exams = pick_exams(predictions, read_frames(config.data.exams_uri, shown))
+    for exam in exams:
+        p = exam.predictions[0]
+        figure = draw_strip(exam.frames, p.scores, p.chosen, p.valid)
+        tracker.figure(f"frames/{p.exam_id}", figure)
+        for png in (p.picture for p in exam.predictions if p.picture is not None):
+            tracker.picture(f"understanding/{p.exam_id}", png)
+    curves = read_history(config, "train")
+    if curves:
+        tracker.figure("training_curves", draw_curves(curves))
+    sections = show_results(summary, exams, curves, config.evaluate.tokenizer)
+    tracker.text("report.html", build_page(f"Evaluation of {config.name}", sections))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +115,7 @@ def show_results(
     summary: Summary,
     exams: Iterable[Exam],
     curves: Mapping[str, Sequence[tuple[int, float]]],
+    tokenizer: str = "char",
 ) -> list[tuple[str, str]]:
     """Return the sections of an evaluation: scores, tables, training curves and exams.
 
@@ -89,17 +123,25 @@ def show_results(
         summary: what `tables.summarise` returned.
         exams: those shown as pictures.
         curves: metric -> (step, value) of the training run; empty where it is not known.
+        tokenizer: of the scores.
     """
     tables = summary.tables
     sections = [
-        ("Answers", show_by_suite(tables["answers"]) + f"<p>{_ROWS}</p>"),
+        (
+            "Answers",
+            f"<p>{escape(caption(tokenizer))}</p>\n{show_by_suite(tables['answers'])}<p>{_ROWS}</p>",
+        ),
         ("Facts", show_table(tables["findings"]) + f"<p>{_FACTS}</p>"),
         ("Frame selection", show_table(tables["selection"]) + f"<p>{_SELECTION}</p>"),
         ("Intervals", show_table(tables["intervals"]) + f"<p>{_INTERVALS}</p>"),
-        ("Answers about exams with a lesion", show_by_suite(tables["lesions"])),
-        ("Answers by task", show_by_suite(tables["tasks"])),
-        ("Answers by site", show_by_suite(tables["sites"])),
+        *(
+            (f"Answers {which}", f"<p>Tokens: {tokenizer}.</p>\n{show_by_suite(tables[table])}")
+            for which, table in _PARTS.items()
+        ),
     ]
+    if tables["differences"]:
+        differences = f"<p>{DIFFERENCES}</p>\n{show_table(tables['differences'])}"
+        sections.insert(1, ("Differences", differences))
     if curves:
         sections.append(("Training", show_figure(draw_curves(curves), "training curves")))
     shown = "\n".join(show_exam(exam) for exam in exams)
@@ -113,15 +155,7 @@ def show_by_suite(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     if not suites:
         return show_table(rows)
-    return "\n".join(
-        show_table(
-            [
-                {n: v for n, v in row.items() if "/" not in n or n.startswith(f"{s}/")}
-                for row in rows
-            ]
-        )
-        for s in suites
-    )
+    return "\n".join(show_table(columns_of(suite, rows)) for suite in suites)
 
 
 def show_exam(exam: Exam) -> str:
@@ -150,7 +184,9 @@ def _show_picture(prediction: Prediction) -> str:
 
 
 def _show_frame(index: int, frame: bytes, prediction: Prediction) -> str:
-    classes, words = [], [f"frame {index}", f"score {prediction.scores[index]:.2f}"]
+    classes, words = [], [f"frame {index}"]
+    if prediction.scores is not None:
+        words.append(f"score {prediction.scores[index]:.2f}")
     if index == prediction.chosen:
         classes.append("chosen")
         words.append("chosen")
@@ -159,7 +195,7 @@ def _show_frame(index: int, frame: bytes, prediction: Prediction) -> str:
         words.append("valid")
     caption = " · ".join(words)
     return (
-        f'<figure class="{" ".join(classes)}"><img alt="{caption}" src="{_data_uri(frame)}">'
+        f'<figure class="{" ".join(classes)}"><img alt="{caption}" src="{data_uri(frame)}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
@@ -170,9 +206,4 @@ def show_figure(figure: Figure, alt: str) -> str:
 
 
 def _show_png(png: bytes, alt: str) -> str:
-    return f'<img class="wide" alt="{escape(alt)}" src="{_data_uri(png)}">'
-
-
-def _data_uri(picture: bytes) -> str:
-    kind = "jpeg" if picture.startswith(b"\xff\xd8") else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+    return f'<img class="wide" alt="{escape(alt)}" src="{data_uri(png)}">'

@@ -21,9 +21,10 @@ NUM_BINS = 10
 def gradable_exams(predictions: Iterable[Prediction]) -> list[Prediction]:
     """Return one prediction of each exam in which some frames are valid and some are not.
 
-    Where all frames are valid, or none is, there is nothing to choose.
+    Where all frames are valid, or none is, there is nothing to choose; nor does a model choose that
+    scores no frame.
     """
-    exams = {p.exam_id: p for p in predictions}
+    exams = {p.exam_id: p for p in predictions if p.scores}
     return [p for p in exams.values() if p.valid is not None and any(p.valid) and not all(p.valid)]
 
 
@@ -38,10 +39,10 @@ def selection_metrics() -> dict[str, Metric]:
     valid; with several valid frames that share cannot reach 1, and the error is the larger for it.
     """
     return {
-        "selection/accuracy": _mean(lambda p, valid: float(valid[p.chosen])),
-        "selection/mean_reciprocal_rank": _mean(lambda p, valid: 1 / best_rank(p.scores, valid)),
-        "selection/mean_rank": _mean(lambda p, valid: best_rank(p.scores, valid)),
-        "selection/ndcg": _mean(lambda p, valid: ndcg(p.scores, valid)),
+        "selection/accuracy": _mean(lambda p, valid: _is_valid(p.chosen, valid)),
+        "selection/mean_reciprocal_rank": _ranking(lambda *given: 1 / best_rank(*given)),
+        "selection/mean_rank": _ranking(best_rank),
+        "selection/ndcg": _ranking(ndcg),
         "selection/calibration_error": Metric(_count_bins, _calibration_error),
     }
 
@@ -98,6 +99,10 @@ def _mean(value: Callable[[Prediction, Sequence[bool]], float]) -> Metric:
     return Metric(lambda p: (value(p, p.valid or ()), 1))
 
 
+def _ranking(value: Callable[[Sequence[float], Sequence[bool]], float]) -> Metric:
+    return Metric(lambda p: (value(p.scores or (), p.valid or ()), 1))
+
+
 def _is_valid(index: int | None, valid: Sequence[bool]) -> bool:
     return index is not None and valid[index]
 
@@ -113,8 +118,10 @@ def _discount(index: int) -> float:
 
 def _count_bins(p: Prediction) -> Sequence[float]:
     """Return exams, confidence and hits for each bin in turn."""
-    confidence = softmax(p.scores)[p.chosen]
     sums = [0.0] * (3 * NUM_BINS)
+    if p.scores is None or p.chosen is None:
+        return sums
+    confidence = softmax(p.scores)[p.chosen]
     start = 3 * min(int(confidence * NUM_BINS), NUM_BINS - 1)
     sums[start : start + 3] = [1, confidence, _is_valid(p.chosen, p.valid or ())]
     return sums

@@ -10,6 +10,7 @@ from typing import Any
 
 from ultra.evaluate.baselines import BlindAnswers
 from ultra.evaluate.bootstrap import NUM_SAMPLES, bootstrap_intervals
+from ultra.evaluate.comparison import difference_rows, line_up
 from ultra.evaluate.findings import ALL, FACTS, fact_metrics, lesion_exams
 from ultra.evaluate.metrics import Counts, Metric, count_all, score_all
 from ultra.evaluate.predictions import Prediction
@@ -17,10 +18,13 @@ from ultra.evaluate.selection import baseline_metrics, gradable_exams, selection
 from ultra.evaluate.suites import SUITES, answer_metrics
 
 Row = dict[str, Any]
-RowCounts = Mapping[str, Counts]
-"""Row (`model`, `constant`, `question_only`) -> what each scored prediction adds."""
+Answers = Mapping[str, Sequence[Prediction]]
+"""Row (`model`, `constant`, `question_only`, another model's name) -> its scored predictions."""
 
-TABLES = ("answers", "lesions", "findings", "selection", "intervals", "tasks", "sites")
+TABLES = (
+    "answers", "lesions", "findings", "selection", "intervals", "differences", "tasks", "sites",
+    "modalities", "languages",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,81 +45,97 @@ class Summary:
 
 def summarise(
     predictions: Sequence[Prediction],
-    blind: BlindAnswers,
+    blind: BlindAnswers | None,
     metrics: Mapping[str, Metric] | None = None,
     bootstrap_samples: int = NUM_SAMPLES,
+    others: Answers | None = None,
 ) -> Summary:
-    """Return scores of the model beside those of answers given without looking.
+    """Return scores of the model beside those of other models and of answers without looking.
 
     Args:
         predictions: the model's; those without a truth are not scored.
-        blind: the training split's most frequent answers.
+        blind: the training split's most frequent answers; None where there is none.
         metrics: of answers; None for every suite by characters.
         bootstrap_samples: behind the intervals; 0 for none.
+        others: name -> predictions of another model.
     """
     metrics = answer_metrics(SUITES, "char") if metrics is None else metrics
     scored = [p for p in predictions if p.truth is not None]
     exams = gradable_exams(predictions)
-    answers = _answer_rows(scored, blind)
-    counts = {row: count_all(metrics, given) for row, given in answers.items()}
+    lined_up = {name: line_up(scored, given) for name, given in (others or {}).items()}
+    answers = {"model": scored, **_blind_rows(scored, blind), **lined_up}
+    scores = _Scores(metrics, answers)
     lesions = lesion_exams(scored)
     everywhere = range(len(scored))
     with_lesion = [i for i in everywhere if scored[i].exam_id in lesions]
     tables = {
-        "answers": _score_rows(metrics, counts, everywhere),
-        "lesions": _score_rows(metrics, counts, with_lesion),
+        "answers": scores.rows(everywhere),
+        "lesions": scores.rows(with_lesion),
         "findings": _fact_rows(answers, {"all": everywhere, "lesion": with_lesion}),
         "selection": _selection_rows(exams),
         "intervals": [
             *_interval_rows(metrics, scored, bootstrap_samples),
             *_interval_rows(selection_metrics(), exams, bootstrap_samples),
         ],
-        "tasks": _score_by("task", metrics, scored, counts),
-        "sites": _score_by("site", metrics, scored, counts),
+        "differences": difference_rows(metrics, scored, lined_up, bootstrap_samples),
+        "tasks": scores.rows_by("task"),
+        "sites": scores.rows_by("site"),
+        "modalities": scores.rows_by("modality"),
+        "languages": scores.rows_by("language"),
     }
     return Summary(_flatten(predictions, tables), tables)
 
 
-def _answer_rows(
-    scored: Sequence[Prediction], blind: BlindAnswers
-) -> dict[str, Sequence[Prediction]]:
-    """Return the model's predictions, then the same ones with answers given without looking."""
+def _blind_rows(scored: Sequence[Prediction], blind: BlindAnswers | None) -> Answers:
+    """Return the model's predictions with answers given without looking."""
+    if blind is None:
+        return {}
     return {
-        "model": scored,
-        "constant": [replace(p, answer=blind.constant(p.task)) for p in scored],
+        "constant": [replace(p, answer=blind.constant(p.task), unanswered="") for p in scored],
         "question_only": [
-            replace(p, answer=blind.question_only(p.task, p.question)) for p in scored
+            replace(p, answer=blind.question_only(p.task, p.question), unanswered="")
+            for p in scored
         ],
     }
 
 
-def _score_rows(
-    metrics: Mapping[str, Metric], counts: RowCounts, where: Sequence[int]
-) -> list[Row]:
-    if not where:
-        return []
-    return [
-        {"row": row, "questions": len(where), **score_all(metrics, counted, where)}
-        for row, counted in counts.items()
-    ]
+class _Scores:
+    """What every answer of every row adds to every metric, and the rows of tables from it."""
+
+    def __init__(self, metrics: Mapping[str, Metric], answers: Answers) -> None:
+        self.metrics = metrics
+        self.answers = answers
+        self.counts: dict[str, Counts] = {
+            row: count_all(metrics, given) for row, given in answers.items()
+        }
+
+    def rows(self, where: Sequence[int]) -> list[Row]:
+        """Return one row for each model, over the questions at the indices `where`."""
+        if not where:
+            return []
+        return [
+            {
+                "row": row,
+                "questions": len(where),
+                "unanswered": sum(bool(given[i].unanswered) for i in where),
+                **score_all(self.metrics, self.counts[row], where),
+            }
+            for row, given in self.answers.items()
+        ]
+
+    def rows_by(self, column: str) -> list[Row]:
+        """Return the rows of each value of a field, the values in order."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for index, prediction in enumerate(self.answers["model"]):
+            groups[getattr(prediction, column)].append(index)
+        return [
+            {column: value, **row}
+            for value, where in sorted(groups.items())
+            for row in self.rows(where)
+        ]
 
 
-def _score_by(
-    column: str, metrics: Mapping[str, Metric], scored: Sequence[Prediction], counts: RowCounts
-) -> list[Row]:
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, prediction in enumerate(scored):
-        groups[getattr(prediction, column)].append(index)
-    return [
-        {column: value, **row}
-        for value, where in sorted(groups.items())
-        for row in _score_rows(metrics, counts, where)
-    ]
-
-
-def _fact_rows(
-    answers: Mapping[str, Sequence[Prediction]], subsets: Mapping[str, Sequence[int]]
-) -> list[Row]:
+def _fact_rows(answers: Answers, subsets: Mapping[str, Sequence[int]]) -> list[Row]:
     """Return one row for each fact, subset of the exams and row of answers.
 
     `exams` is `all`, or `lesion` for those in which a true answer states one.
@@ -123,11 +143,11 @@ def _fact_rows(
     rows = []
     for fact in (ALL, *FACTS):
         metrics = fact_metrics(fact)
-        counts = {row: count_all(metrics, given) for row, given in answers.items()}
+        scores = _Scores(metrics, answers)
         for subset, where in subsets.items():
-            for row in _score_rows(metrics, counts, where):
-                scores = {re.split("[/-]", name)[-1]: row[name] for name in metrics}
-                rows.append({"fact": fact, "exams": subset, "row": row["row"], **scores})
+            for row in scores.rows(where):
+                values = {re.split("[/-]", name)[-1]: row[name] for name in metrics}
+                rows.append({"fact": fact, "exams": subset, "row": row["row"], **values})
     return rows
 
 
@@ -168,6 +188,9 @@ def _flatten(
         "num_exams": len({p.exam_id for p in predictions}),
         "num_questions": len(predictions),
     }
+    for row in tables["answers"]:
+        if row["unanswered"]:
+            metrics[f"{_prefix(row['row'])}unanswered"] = row["unanswered"]
     for table, subset in (("answers", ""), ("lesions", "lesion/")):
         for row in tables[table]:
             prefix = _prefix(row["row"]) + subset

@@ -13,6 +13,13 @@ from ultra import storage
 
 Tokenize = Callable[[str], Sequence[str]]
 
+_TOKENS = {
+    "char": "a token is a Chinese character, a run of Latin letters or a number",
+    "jieba": "a token is a word by jieba's dictionary and ours of ultrasound terms",
+    "model": "a token is one of the language model's own",
+    "whitespace": "a token is what stands between white space, often a whole Chinese answer",
+}
+
 _PIECE = re.compile(
     r"\d+(?:\.\d+)?"  # a number
     r"|[^\W\d_\u2e80-\U0010ffff]+"  # a run of letters, Chinese characters excepted
@@ -65,6 +72,11 @@ def get_tokenizer(name: str, weights: str = "") -> Tokenize:
             lambda text: tuple(map(str, encode(text.strip(), add_special_tokens=False)))
         )
     raise ValueError(f"no tokenizer {name!r}")
+
+
+def describe_tokenizer(name: str) -> str:
+    """Return a sentence that names a tokenizer and says what its tokens are."""
+    return f"`{name}`: {_TOKENS[name]}."
 
 
 def ultrasound_words() -> list[str]:
