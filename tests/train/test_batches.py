@@ -13,7 +13,7 @@ from tests.model.encoder_weights import png
 from ultra.config import ModelConfig
 from ultra.data import schema
 from ultra.data.collate import Collator, Sample
-from ultra.data.features import features_uri, read_features, unpack, write_features
+from ultra.data.features import features_uris, read_features, unpack, write_features
 from ultra.model.encoders import FrozenEncoders, cache_key
 from ultra.model.language import LanguageBranch
 from ultra.model.llava_ultra import LlavaUltra
@@ -37,9 +37,9 @@ def test_features_and_pixels_give_the_same_loss(random_config, tmp_path, strateg
     raw["selection"] = {"strategy": strategy, "gradient": "straight_through"}
     config = ModelConfig.model_validate(raw)
     exams, encoders = make_exams(), FrozenEncoders(config)
-    (part,) = write_exams(tmp_path / "exams", [exams])
-    target = features_uri(part, str(tmp_path / cache_key(config)))
-    assert write_features(part, target, encoders) == sum(COUNTS)
+    (part,) = write_exams(tmp_path / "exams", [exams], per_row_group=99)
+    (target,) = features_uris(part, str(tmp_path / cache_key(config)))
+    assert write_features(part, 0, target, encoders).frames == sum(COUNTS)
     wanted = [(i, schema.content_digest(exam.frames)) for i, exam in enumerate(exams)]
     cached = [unpack(row, T, "float16") for row in read_features(target, wanted)]
     pictures = (1, 1, 1) if strategy == "composite" else COUNTS

@@ -8,11 +8,10 @@ from itertools import islice
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy
-from ray.data.expressions import col
 
 from ultra import storage
 from ultra.config import ConfigError, PipelineConfig
-from ultra.data import parquet
+from ultra.data import parquet, stream
 from ultra.evaluate.figures import draw_curves, draw_strip
 from ultra.evaluate.predictions import (
     PREDICTIONS,
@@ -30,6 +29,7 @@ from ultra.evaluate.report import (
 from ultra.evaluate.results import write_tables
 from ultra.evaluate.tables import Summary
 from ultra.model import checkpoint
+from ultra.model.encoders import cache_key
 from ultra.page import build_page
 from ultra.tracking import Tracker, open_run, read_history
 
@@ -43,18 +43,20 @@ def predict(config: PipelineConfig) -> str:
     Raises:
         CheckpointError: when there is no checkpoint to answer with.
         StorageError: when there is no complete table of exams.
-        ConfigError: when the split holds no exam.
+        ConfigError: when the split holds no exam, or features that are required are missing.
     """
     settings = config.evaluate
-    checkpoint.read(settings.checkpoint_uri)
+    opened = checkpoint.read(settings.checkpoint_uri)
     exam_ids = _exam_ids(config)
-    exams = _read_exams(config.data.exams_uri, exam_ids, settings.batch_size)
+    source = _open_source(config, opened)
+    exams = _read_exams(source.pieces, exam_ids, settings.batch_size)
     answered = exams.map_batches(
         Predictor,
         fn_constructor_kwargs={
             "checkpoint_uri": settings.checkpoint_uri,
             "max_new_tokens": settings.max_new_tokens,
             "device": "cuda" if settings.gpus_per_replica else "cpu",
+            "with_encoders": not source.features,
             "explained": spread(exam_ids, NUM_EXPLAINED),
         },
         batch_size=settings.batch_size,
@@ -110,13 +112,28 @@ def _exam_ids(config: PipelineConfig) -> list[str]:
     return exam_ids
 
 
-def _read_exams(uri: str, exam_ids: Sequence[str], batch_size: int) -> ray.data.Dataset:
-    filesystem, _ = storage.resolve(uri)
-    paths = [storage.resolve(part)[1] for part in parquet.part_uris(uri)]
-    exams = ray.data.read_parquet(paths, filesystem=filesystem, partitioning=None)
-    chosen = exams.filter(expr=col("exam_id").is_in(list(exam_ids)))
+def _open_source(config: PipelineConfig, opened: checkpoint.Checkpoint) -> stream.Source:
+    """Return the exams, and where the features of the checkpoint's encoders are, if anywhere."""
+    # Of the weights that it stands on, whatever may be at their address by now.
+    digests = {name: weights["sha256"] for name, weights in opened.base.items()}
+    key = cache_key(opened.config.model, digests)
+    return stream.open_source(
+        config.data,
+        storage.join(config.data.features_uri, key),
+        config.evaluate.features,
+        "evaluate.features",
+    )
+
+
+def _read_exams(
+    pieces: Sequence[stream.Piece], exam_ids: Sequence[str], batch_size: int
+) -> ray.data.Dataset:
+    wanted = frozenset(exam_ids)
+    exams = ray.data.range(len(pieces), override_num_blocks=len(pieces)).flat_map(
+        lambda item: stream.read_exams(pieces[item["id"]], "exam_id", wanted)
+    )
     # Row groups hold many batches; without this a small split would keep one replica busy.
-    return chosen.repartition(target_num_rows_per_block=batch_size)
+    return exams.repartition(target_num_rows_per_block=batch_size)
 
 
 def _show(
