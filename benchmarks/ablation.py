@@ -37,9 +37,10 @@ from benchmarks.ablation_tables import FULL, Run, blind_runs, draw, flat, summar
 from ultra import storage
 from ultra.cli import refuse_lost_output
 from ultra.config import InputError, PipelineConfig, load
-from ultra.data import parquet, schema
-from ultra.data.features import features_uri, read_features, unpack
-from ultra.data.on_ray import encode, prepare, write_instructions
+from ultra.data import parquet, schema, stream
+from ultra.data.encoding.on_ray import encode
+from ultra.data.features import unpack
+from ultra.data.on_ray import prepare, write_instructions
 from ultra.evaluate.baselines import count_answers
 from ultra.evaluate.predictions import (
     PREDICTIONS,
@@ -278,13 +279,8 @@ def read_exams(config: PipelineConfig, split: str, only_valid: bool = False) -> 
         only_valid: leave out every frame that does not show what the report says.
     """
     columns = schema.TEXT_COLUMNS if split == "train" else None
-    for part in parquet.part_uris(config.data.exams_uri):
-        rows = enumerate(parquet.read_rows(part, columns))
-        wanted = [(index, row) for index, row in rows if row["split"] == split]
-        places = [(index, row["content_sha256"]) for index, row in wanted]
-        stored = read_features(features_uri(part, _cache_uri(config)), places)
-        for (_, row), features in zip(wanted, stored, strict=True):
-            exam = {**row, "features": features}
+    for piece in stream.list_pieces(config.data.exams_uri, _cache_uri(config)):
+        for exam in stream.read_exams(piece, "split", {split}, columns):
             yield _keep_valid(exam) if only_valid else exam
 
 

@@ -8,8 +8,9 @@ from functools import partial
 from ultra import storage
 from ultra.cli import run_job
 from ultra.config import PipelineConfig
-from ultra.data.on_ray import encode
+from ultra.data.encoding.on_ray import encode
 from ultra.model.encoders import FrozenEncoders, cache_key
+from ultra.tracking import open_run
 
 
 def main(config: PipelineConfig) -> None:
@@ -17,11 +18,10 @@ def main(config: PipelineConfig) -> None:
     model, resources = config.model, config.encode
     device = "cuda" if resources.gpus_per_replica else "cpu"
     cache_uri = storage.join(config.data.features_uri, cache_key(model))
-    counts = encode(config.data, resources, partial(FrozenEncoders, model, device), cache_uri)
-    print(
-        f"{counts.frames} frames encoded; {counts.parts_cached} of {counts.parts} parts "
-        f"were in the cache {cache_uri}"
-    )
+    with open_run(config, "encode") as tracker:
+        counts = encode(config.data, resources, partial(FrozenEncoders, model, device), cache_uri)
+        tracker.metrics(counts.metrics())
+    print(f"{counts.summary()} {cache_uri}")
 
 
 if __name__ == "__main__":

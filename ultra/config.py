@@ -209,8 +209,20 @@ class EncodeConfig(Section):
     """The job that fills the feature cache."""
 
     num_replicas: Positive = 1
+    max_replicas: Positive | None = None
+    """More than `num_replicas`: the pool grows to as many while work waits and the cluster has
+    room. None keeps it as it is."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    """May be a fraction: several encoders on one GPU."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is less than num_replicas {self.num_replicas}"
+            )
+        return self
 
 
 Part = Literal["projectors", "alpha", "scorer", "lora", "language"]
@@ -347,6 +359,8 @@ class EvaluateConfig(Section):
     results_uri: str = "{root}/evaluate"
     split: Literal["train", "validation", "test"] = "test"
     max_exams: Positive | None = None
+    features: Literal["auto", "require", "pixels"] = "auto"
+    """As `train.features`; with features no replica loads an encoder."""
     max_new_tokens: Positive = 128
     batch_size: Positive = 16
     num_replicas: Positive = 1

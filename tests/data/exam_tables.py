@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,12 @@ def write_exams(folder: Path, parts: list[list[FrameGroup]], per_row_group: int 
     return parquet.part_uris(str(folder))
 
 
-def encode(frames: list[bytes]) -> dict[str, np.ndarray]:
+def encode(groups: Sequence[Sequence[bytes]]) -> list[dict[str, np.ndarray]]:
+    """The features of several groups, as the encoders return them."""
+    return list(map(encode_frames, groups))
+
+
+def encode_frames(frames: Sequence[bytes]) -> dict[str, np.ndarray]:
     """Features that can be told from one another: drawn from the frame's own bytes."""
     return {
         name: np.stack(

@@ -18,6 +18,12 @@ from ultra.data.progress import describe_progress
             4000.0,
             "prepare: 10,000 of 10,000 exams (2.5/s), 3 bad (0.0/s)",
         ),
+        (
+            {"row groups": 20, "frames": 300, "bytes": 3_456_789},
+            10.0,
+            "prepare: 20 of 10,000 row groups (2.0/s), 300 frames (30/s), "
+            "11,523 bytes a frame, 83 min left",
+        ),
         ({"exams": 0}, 0.0, "prepare: 0 of 10,000 exams (0.0/s)"),
         ({"exams": 5000}, 10.0, "prepare: 5,000 of 10,000 exams (500/s), 10 s left"),
     ],

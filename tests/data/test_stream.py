@@ -7,11 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tests.data.exam_tables import T, encode, make_exam, write_exams
+from tests.data.exam_tables import T, encode, encode_frames, make_exam, write_exams
 from ultra import storage
 from ultra.config import ConfigError, DataConfig
-from ultra.data import parquet, stream
-from ultra.data.features import features_uri, write_features
+from ultra.data import stream
+from ultra.data.features import write_features
 
 SPLITS = {3: "test", 8: "validation", 20: "test"}
 EXAMS = [make_exam(i, SPLITS.get(i, "train")) for i in range(29)]
@@ -25,9 +25,9 @@ def config(tmp_path) -> DataConfig:
     return DataConfig(exams_uri=str(tmp_path / "exams"))
 
 
-def write_cache(config: DataConfig, folder: str, parts: int = 2) -> str:
-    for part in parquet.part_uris(config.exams_uri)[:parts]:
-        write_features(part, features_uri(part, folder), encode)
+def write_cache(config: DataConfig, folder: str, count: int = 10) -> str:
+    for piece in stream.list_pieces(config.exams_uri, folder)[:count]:
+        write_features(piece.part_uri, piece.row_group, piece.features_uri, encode)
     return folder
 
 
@@ -39,7 +39,7 @@ def read(source, seed: int = 0, first: int = 0, epochs: int = 1, seen=()) -> lis
 def test_every_training_exam_once_an_epoch(config, tmp_path) -> None:
     source = stream.open_source(config, str(tmp_path / "none"), "auto")
     assert source.num_exams == len(TRAIN) == 26
-    assert [p.first_row for p in source.pieces] == [0, 3, 6, 9, 12, 15, 0, 3, 6, 9]
+    assert [p.row_group for p in source.pieces] == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
     rows = read(source, epochs=3)
     for epoch in range(3):
         ids = [row["exam_id"] for row in rows if row["epoch"] == epoch]
@@ -82,7 +82,7 @@ def test_the_first_exams_of_a_split(config, tmp_path, cached) -> None:
         assert sample.conversation.turns == exam.conversations[0].turns
         if cached:
             assert sample.features is not None
-            for name, expected in encode(list(exam.frames)).items():
+            for name, expected in encode_frames(exam.frames).items():
                 np.testing.assert_array_equal(sample.features[name], expected)
 
 
@@ -121,7 +121,7 @@ def test_with_a_whole_cache_rows_carry_features_and_no_frames(config, tmp_path) 
         assert "frames" not in row
         sample = stream.to_sample(row, "instruct", 0, T, "float16")
         exam = by_id[row["exam_id"]]
-        expected = encode(list(exam.frames))
+        expected = encode_frames(exam.frames)
         assert sample.features.keys() == expected.keys()
         for name, array in expected.items():
             assert np.array_equal(sample.features[name], array)
@@ -133,9 +133,9 @@ def test_with_a_whole_cache_rows_carry_features_and_no_frames(config, tmp_path) 
     assert [row["exam_id"] for row in read(pixels)] == [row["exam_id"] for row in rows]
 
 
-@pytest.mark.parametrize(("parts", "use"), [(0, "auto"), (1, "auto"), (2, "pixels")])
-def test_else_rows_carry_frames_and_no_features(config, tmp_path, parts, use) -> None:
-    cache = write_cache(config, str(tmp_path / "cache"), parts)
+@pytest.mark.parametrize(("count", "use"), [(0, "auto"), (9, "auto"), (10, "pixels")])
+def test_else_rows_carry_frames_and_no_features(config, tmp_path, count, use) -> None:
+    cache = write_cache(config, str(tmp_path / "cache"), count)
     source = stream.open_source(config, cache, use)
     assert not source.features
     by_id = {exam.exam_id: exam for exam in EXAMS}
@@ -147,8 +147,11 @@ def test_else_rows_carry_frames_and_no_features(config, tmp_path, parts, use) ->
 
 
 def test_required_features_that_are_missing_say_what_to_run(config, tmp_path) -> None:
-    cache = write_cache(config, str(tmp_path / "cache"), parts=1)
-    message = r"1 of 2 parts have no features at .*cache; run ray_jobs\.encode"
+    cache = write_cache(config, str(tmp_path / "cache"), 9)
+    message = (
+        r"train\.features: require, but 1 of 10 row groups have no features at .*cache; "
+        r"run ray_jobs\.encode"
+    )
     with pytest.raises(ConfigError, match=message):
         stream.open_source(config, cache, "require")
     write_cache(config, cache)

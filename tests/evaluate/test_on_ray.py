@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from tests.evaluate.vision_server import Reply, completion, serve
 from ultra import storage
 from ultra.config import ConfigError, InputError, OtherModel, PipelineConfig
 from ultra.data import parquet, schema
+from ultra.data.encoding.on_ray import encode
 from ultra.evaluate.on_ray import evaluate, find_exams, predict
 from ultra.evaluate.predictions import (
     Prediction,
@@ -25,6 +28,7 @@ from ultra.evaluate.predictions import (
 from ultra.evaluate.predictor import Predictor
 from ultra.evaluate.tables import summarise
 from ultra.model.checkpoint import CheckpointError
+from ultra.model.encoders import FrozenEncoders, cache_key
 from ultra.types import FrameGroup
 
 Exams = list[FrameGroup]
@@ -33,7 +37,7 @@ Exams = list[FrameGroup]
 def configure(
     config: PipelineConfig, checkpoint_uri: str, root: str, **evaluate: object
 ) -> PipelineConfig:
-    data = {"exams_uri": f"{root}/exams"}
+    data = {"exams_uri": f"{root}/exams", "features_uri": f"{root}/features"}
     settings = {
         "checkpoint_uri": checkpoint_uri,
         "predictions_uri": f"{root}/predictions",
@@ -78,6 +82,34 @@ def test_predict_answers_a_split(
     assert len([p for p in found if p.picture]) == len(exam_ids)
     for p, q in zip(found, wanted, strict=True):
         assert p.scores == pytest.approx(q.scores)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_with_a_whole_cache_no_encoder_is_loaded_and_the_answers_are_the_same(
+    random_config, random_checkpoint, write_exams, expected, tmp_path
+) -> None:
+    config = configure(random_config, random_checkpoint, str(tmp_path), features="require")
+    write_exams(config.data.exams_uri)
+    model = random_config.model
+    cache = storage.join(config.data.features_uri, cache_key(model))
+    with pytest.raises(ConfigError, match=r"evaluate\.features: require, but 5 of 5 row groups"):
+        predict(config)
+    encode(config.data, config.encode, partial(FrozenEncoders, model), cache)
+    # What the answers come from stands on the same encoders, which nobody finds any more.
+    blind = tmp_path / "checkpoint"
+    shutil.copytree(random_checkpoint, blind)
+    text = (blind / "config.yaml").read_text()
+    for encoder in model.vision.encoders:
+        text = text.replace(encoder.weights, "/missing")
+    (blind / "config.yaml").write_text(text)
+    config = configure(random_config, str(blind), str(tmp_path), features="auto")
+    found = read_predictions(predict(config))
+    assert [replace(p, scores=(), picture=None) for p in found] == [
+        replace(p, scores=()) for p in expected
+    ]
+    for p, q in zip(found, expected, strict=True):
+        assert p.scores == pytest.approx(q.scores, abs=1e-3)
+    assert {p.exam_id for p in found if p.picture} == {"a", "b", "c"}
 
 
 @pytest.mark.usefixtures("ray_cluster")

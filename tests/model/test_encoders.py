@@ -112,8 +112,10 @@ def test_features_do_not_depend_on_the_chunks(weights) -> None:
 
 def test_features_have_the_type_of_the_config(weights) -> None:
     frozen = FrozenEncoders(model_config(weights, dtype="float16"))
-    as_numpy = frozen(random_frames(2))
-    assert {f.dtype for f in as_numpy.values()} == {np.dtype("float16")}
+    first, second, third = random_frames(3)
+    as_numpy = frozen([[first], [second, third]])
+    assert [len(group["sam"]) for group in as_numpy] == [1, 2]
+    assert {f.dtype for group in as_numpy for f in group.values()} == {np.dtype("float16")}
     assert not any(p.requires_grad for e in frozen.encoders.values() for p in e.parameters())
 
 
@@ -217,7 +219,7 @@ def test_the_recipe_for_an_encoder(
     clip, _ = config.vision.model_dump()["encoders"]
     config = make_config(vision={"encoders": [clip, patch], "dtype": "float32"})
     image = np.random.default_rng(8).integers(0, 256, (14, 14, 3))
-    tokens_TF = FrozenEncoders(config)([png(image)])["patch"][0]
+    tokens_TF = FrozenEncoders(config)([[png(image)]])[0]["patch"][0]
     cell_CPP = image[7:, 7:].transpose(2, 0, 1) / 127.5 - 1
     assert tokens_TF.shape == (4, 10)
     expected = (kernel_FCPP * cell_CPP).sum((1, 2, 3))

@@ -315,7 +315,7 @@ def test_looking_picks_what_training_would_show(make_model, encoders) -> None:
     looked = make_branch(model, encoders).look(GROUPS)
     picks = []
     for group, seen in zip(GROUPS, looked, strict=True):
-        features = {n: torch.from_numpy(f)[None] for n, f in encoders(group).items()}
+        features = {n: torch.from_numpy(f)[None] for n, f in encoders([group])[0].items()}
         inputs = {"features": features, "frame_mask_BK": torch.ones(1, len(group)).bool()}
         (best,) = best_frames(model, inputs)
         assert seen.chosen == best == int(np.argmax(seen.scores_K))
@@ -346,7 +346,7 @@ def test_other_strategies_show_their_frames(make_model, encoders, strategy) -> N
     model = make_model(selection={"strategy": strategy})
     branch = make_branch(model, FrozenEncoders(model.config))
     (seen,) = branch.look(GROUPS[:1])
-    visual_KTD = model.fusion({n: torch.from_numpy(f) for n, f in encoders(GROUPS[0]).items()})
+    visual_KTD = model.fusion({n: torch.from_numpy(f) for n, f in encoders(GROUPS[:1])[0].items()})
     if strategy == "all":
         expected = visual_KTD.reshape(3 * T, D)
         assert seen.chosen == int(np.argmax(seen.scores_K))

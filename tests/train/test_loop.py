@@ -285,7 +285,8 @@ def test_pixels_and_features_are_the_same_inputs(random_config, model) -> None:
         for s, g in zip(samples, groups, strict=True)
     ]
     with_features = [
-        Sample(s.group, s.conversation, encoders(g)) for s, g in zip(samples, groups, strict=True)
+        Sample(s.group, s.conversation, encoders([g])[0])
+        for s, g in zip(samples, groups, strict=True)
     ]
     cpu = torch.device("cpu")
     pixels = to_inputs(collator(with_frames), encoders, cpu)

@@ -45,7 +45,8 @@ def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
     from functools import partial
 
     from ultra import storage
-    from ultra.data.on_ray import encode, prepare, write_instructions
+    from ultra.data.encoding.on_ray import encode
+    from ultra.data.on_ray import prepare, write_instructions
     from ultra.model.encoders import FrozenEncoders, cache_key
 
     root = tmp_path_factory.mktemp("train")
@@ -55,10 +56,10 @@ def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
     build = partial(FrozenEncoders, config.model)
     cache = storage.join(config.data.features_uri, cache_key(config.model))
     first = encode(config.data, config.encode, build, cache)
-    assert first.parts_cached == 0
+    assert first.cached == 0
     assert first.frames > 40
     again = encode(config.data, config.encode, build, cache)
-    assert (again.frames, again.parts_cached) == (0, first.parts)
+    assert (again.frames, again.cached) == (0, first.written)
     return root
 
 
@@ -210,5 +211,5 @@ def test_features_that_are_required_and_missing_are_an_error(
         f"train.output_uri={tmp_path}/train",
         "tracking.uri=''",
     )
-    with pytest.raises(ConfigError, match=r"parts have no features at .*; run ray_jobs.encode"):
+    with pytest.raises(ConfigError, match=r"have no features at .*; run ray_jobs.encode"):
         fit(config)

@@ -17,7 +17,7 @@ from tests.data.exam_tables import make_exam, write_exams
 from tests.model.encoder_weights import png
 from ultra.config import PipelineConfig, parse
 from ultra.data import parquet, stream
-from ultra.data.features import features_uri, write_features
+from ultra.data.features import features_uris, write_features
 from ultra.model.encoders import FrozenEncoders, cache_key
 from ultra.model.language import LanguageBranch
 from ultra.model.llava_ultra import LlavaUltra
@@ -96,8 +96,10 @@ def uris(config: PipelineConfig, tmp_path_factory: pytest.TempPathFactory) -> tu
         exams.append(replace(exam, conversations=()) if exam.exam_id == EMPTY else exam)
     parts = write_exams(folder / "exams", [exams[:4], exams[4:]])
     cache = str(folder / cache_key(config.model))
+    encoders = FrozenEncoders(config.model)
     for part in parts:
-        write_features(part, features_uri(part, cache), FrozenEncoders(config.model))
+        for index, target in enumerate(features_uris(part, cache)):
+            write_features(part, index, target, encoders)
     return str(folder / "exams"), cache
 
 

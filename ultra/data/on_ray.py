@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,10 +18,9 @@ import ray
 import ray.data
 
 from ultra import storage
-from ultra.config import ConfigError, DataConfig, EncodeConfig
+from ultra.config import ConfigError, DataConfig
 from ultra.data import parquet
 from ultra.data.export import ExportCounts, export_part, join_pieces
-from ultra.data.features import Encode, features_uri, write_features
 from ultra.data.importers.entry import ExamEntry
 from ultra.data.prepare import (
     PrepareCounts,
@@ -154,53 +152,6 @@ def export(config: DataConfig) -> tuple[ExportCounts, list[str]]:
     parts = parquet.read_parts(config.exams_uri)
     written = _map(parts, lambda part: export_part(part, config))
     return sum(written, ExportCounts()), join_pieces(parts, config)
-
-
-@dataclass(frozen=True, slots=True)
-class EncodeCounts:
-    """What the encode job did: parts of the table found in the cache, and frames encoded."""
-
-    parts: int
-    parts_cached: int
-    frames: int
-
-
-def encode(
-    config: DataConfig, resources: EncodeConfig, build: Callable[[], Encode], cache_uri: str
-) -> EncodeCounts:
-    """Fill the feature cache for every part of the exams table that is not in it.
-
-    Args:
-        config: where the exams are.
-        resources: how many encoders run, and on what.
-        build: makes the encoders, once in every actor.
-        cache_uri: folder of the features of exactly these encoders.
-
-    Raises:
-        StorageError: when there is no complete table of exams.
-    """
-    present = set(storage.list_files(cache_uri, ".parquet"))
-    targets = {part: features_uri(part, cache_uri) for part in parquet.part_uris(config.exams_uri)}
-    missing = [{"part": p, "target": t} for p, t in targets.items() if t not in present]
-    frames = 0
-    if missing:
-        encoded = ray.data.from_items(missing, override_num_blocks=len(missing)).map(
-            _EncodePart,  # type: ignore[arg-type]
-            fn_constructor_args=(build,),
-            compute=ray.data.ActorPoolStrategy(size=min(resources.num_replicas, len(missing))),
-            num_cpus=resources.cpus_per_replica,
-            num_gpus=resources.gpus_per_replica,
-        )
-        frames = sum(row["frames"] for row in encoded.take_all())
-    return EncodeCounts(len(targets), len(targets) - len(missing), frames)
-
-
-class _EncodePart:
-    def __init__(self, build: Callable[[], Encode]) -> None:
-        self.encode = build()
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"frames": write_features(row["part"], row["target"], self.encode)}
 
 
 def stream_rows(

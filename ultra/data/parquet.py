@@ -144,18 +144,18 @@ def read_row_group(
     return rows
 
 
-def row_group_sizes(part_uri: str) -> list[int]:
-    """Return how many rows each row group of a part has."""
-    with storage.open_read(part_uri) as file, pq.ParquetFile(file) as parquet:
-        metadata = parquet.metadata
-        return [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
-
-
 def read_column(part_uri: str, name: str) -> list[Any]:
     """Return the values of one column of a part, in order."""
     with storage.open_read(part_uri) as file:
         values: list[Any] = pq.read_table(file, columns=[name])[name].to_pylist()
     return values
+
+
+def read_column_groups(part_uri: str, name: str) -> list[list[Any]]:
+    """Return the values of one column of a part, row group by row group."""
+    with storage.open_read(part_uri) as file, pq.ParquetFile(file) as parquet:
+        groups = range(parquet.num_row_groups)
+        return [parquet.read_row_group(i, columns=[name])[name].to_pylist() for i in groups]
 
 
 def _row_groups(

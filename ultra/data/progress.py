@@ -14,12 +14,14 @@ def describe_progress(name: str, total: int, counts: Mapping[str, int], elapsed_
     Args:
         name: of the job.
         total: how many there are of the first of `counts`.
-        counts: what is done so far, by name.
+        counts: what is done so far, by name; `bytes` are those of the `frames`.
         elapsed_s: since the job began.
     """
-    (unit, done), *others = counts.items()
+    (unit, done), *others = ((what, count) for what, count in counts.items() if what != "bytes")
     parts = [f"{name}: {done:,} of {total:,} {unit} ({_rate(done, elapsed_s)})"]
     parts += [f"{count:,} {what} ({_rate(count, elapsed_s)})" for what, count in others if count]
+    if counts.get("bytes") and counts.get("frames"):
+        parts.append(f"{counts['bytes'] / counts['frames']:,.0f} bytes a frame")
     if 0 < done < total:
         parts.append(f"{_span(elapsed_s / done * (total - done))} left")
     return ", ".join(parts)

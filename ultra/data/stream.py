@@ -7,16 +7,16 @@ train on, and read in large pieces. The order follows from the seed alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, islice
 from typing import Any
 
 from ultra import storage
 from ultra.config import ConfigError, DataConfig
 from ultra.data import parquet, schema
 from ultra.data.collate import Sample, pick_conversation
-from ultra.data.features import features_uri, read_features, unpack
+from ultra.data.features import features_uris, read_features, unpack
 from ultra.types import Split, Stage
 
 ROW_GROUPS_PER_WINDOW = 4
@@ -24,15 +24,10 @@ ROW_GROUPS_PER_WINDOW = 4
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A row group of the exams table, and where the features of its exams are.
-
-    Attributes:
-        first_row: place of its first exam in the part.
-    """
+    """A row group of the exams table, and where the features of its exams are, if anywhere."""
 
     part_uri: str
     row_group: int
-    first_row: int
     features_uri: str = ""
 
 
@@ -47,7 +42,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a stage reads.
+    """What a stage, or an evaluation, reads.
 
     Attributes:
         features: whether the exams' features are read, or else their frames.
@@ -59,40 +54,53 @@ class Source:
     num_exams: int
 
 
-def open_source(config: DataConfig, cache_uri: str, use: str) -> Source:
-    """Return what training reads: features where the cache holds every exam, else frames.
+def open_source(
+    config: DataConfig, cache_uri: str, use: str, key: str = "train.features"
+) -> Source:
+    """Return what is read: features where the cache holds every exam, else frames alone.
 
     Args:
         config: where the exams are.
         cache_uri: folder of the features of exactly the model's encoders.
-        use: `train.features`: auto, require or pixels.
+        use: auto, require or pixels.
+        key: of the configuration that says so.
 
     Raises:
         StorageError: when there is no table of exams.
         ConfigError: when features are required and some are missing.
     """
-    parts = parquet.part_uris(config.exams_uri)
-    cached = dict.fromkeys(parts, "")
-    if use != "pixels":
-        present = set(storage.list_files(cache_uri, ".parquet"))
-        wanted = {part: features_uri(part, cache_uri) for part in parts}
-        if set(wanted.values()) <= present:
-            cached = wanted
-        elif use == "require":
-            missing = len(set(wanted.values()) - present)
-            raise ConfigError(
-                f"train.features: require, but {missing} of {len(parts)} parts have no features at "
-                f"{cache_uri}; run ray_jobs.encode"
-            )
-    pieces = []
-    num_exams = 0
-    for part in parts:
-        num_exams += parquet.read_column(part, "split").count("train")
-        first_row = 0
-        for index, num_rows in enumerate(parquet.row_group_sizes(part)):
-            pieces.append(Piece(part, index, first_row, cached[part]))
-            first_row += num_rows
-    return Source(tuple(pieces), all(cached.values()), num_exams)
+    pieces = list_pieces(config.exams_uri, cache_uri)
+    missing = [] if use == "pixels" else without_features(pieces, cache_uri)
+    if missing and use == "require":
+        raise ConfigError(
+            f"{key}: require, but {len(missing)} of {len(pieces)} row groups have no features at "
+            f"{cache_uri}; run ray_jobs.encode"
+        )
+    features = use != "pixels" and not missing
+    if not features:
+        pieces = [replace(piece, features_uri="") for piece in pieces]
+    splits = (parquet.read_column(part, "split") for part in parquet.part_uris(config.exams_uri))
+    return Source(tuple(pieces), features, sum(names.count("train") for names in splits))
+
+
+def list_pieces(exams_uri: str, cache_uri: str) -> list[Piece]:
+    """Return the row groups of a table and where the features of each belong, written or not.
+
+    Raises:
+        StorageError: when there is no table of exams.
+    """
+    return [
+        Piece(part, index, uri)
+        for part in parquet.part_uris(exams_uri)
+        for index, uri in enumerate(features_uris(part, cache_uri))
+    ]
+
+
+def without_features(pieces: Iterable[Piece], cache_uri: str) -> list[Piece]:
+    """Return the pieces whose features are not in the cache, one of each content."""
+    present = set(storage.list_files(cache_uri, ".parquet"))
+    missing = {p.features_uri: p for p in pieces if p.features_uri not in present}
+    return list(missing.values())
 
 
 def plan_windows(
@@ -118,7 +126,7 @@ def read_window(window: Window, seen: Collection[tuple[int, str]]) -> Iterator[d
     for piece in window.pieces:
         columns = schema.TEXT_COLUMNS if piece.features_uri else None
         rows = parquet.read_row_group(piece.part_uri, piece.row_group, columns)
-        for index, row in enumerate(rows, piece.first_row):
+        for index, row in enumerate(rows):
             if row["split"] == "train":
                 found.append((piece, index, {**row, "epoch": window.epoch}))
     random.Random(window.seed).shuffle(found)
@@ -136,26 +144,33 @@ def read_window(window: Window, seen: Collection[tuple[int, str]]) -> Iterator[d
 
 
 def read_split(source: Source, split: Split, count: int) -> list[dict[str, Any]]:
-    """Return the first `count` exams of a split, or as many as there are.
+    """Return the first `count` exams of a split as `read_exams` does, with `epoch` 0."""
+    rows = chain.from_iterable(read_exams(piece, "split", {split}) for piece in source.pieces)
+    return [{**row, "epoch": 0} for row in islice(rows, count)]
 
-    A row is one of the exams table, with `epoch` 0, and with `features` beside `frames` where there
-    are features.
+
+def read_exams(
+    piece: Piece,
+    column: str,
+    values: Collection[str],
+    columns: Sequence[str] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the exams of a row group whose `column` has one of some values.
+
+    A row is one of the exams table, of the named columns or of all, with `features` beside them
+    where there are features. Those of one exam are read at a time: they are larger than frames.
     """
-    found: list[dict[str, Any]] = []
-    for part_uri, group in groupby(source.pieces, key=lambda piece: piece.part_uri):
-        if len(found) == count:
-            break
-        pieces = list(group)
-        splits = parquet.read_column(part_uri, "split")
-        places = [place for place, name in enumerate(splits) if name == split]
-        for place in places[: count - len(found)]:
-            piece = max((p for p in pieces if p.first_row <= place), key=lambda p: p.first_row)
-            row = parquet.read_row_group(part_uri, piece.row_group)[place - piece.first_row]
-            if piece.features_uri:
-                wanted = [(place, row["content_sha256"])]
-                row["features"] = next(read_features(piece.features_uri, wanted))
-            found.append({**row, "epoch": 0})
-    return found
+    names = parquet.read_row_group(piece.part_uri, piece.row_group, [column])
+    places = [place for place, name in enumerate(names) if name[column] in values]
+    if not places:
+        return
+    rows = parquet.read_row_group(piece.part_uri, piece.row_group, columns)
+    if not piece.features_uri:
+        yield from (rows[place] for place in places)
+        return
+    wanted = [(place, rows[place]["content_sha256"]) for place in places]
+    for place, features in zip(places, read_features(piece.features_uri, wanted), strict=True):
+        yield {**rows[place], "features": features}
 
 
 def to_sample(

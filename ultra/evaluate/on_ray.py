@@ -10,11 +10,10 @@ import pyarrow as pa
 import ray.data
 from pydantic import SecretStr
 from ray.data import ActorPoolStrategy
-from ray.data.expressions import col
 
 from ultra import storage
 from ultra.config import ConfigError, OtherModel, PipelineConfig
-from ultra.data import parquet
+from ultra.data import parquet, stream
 from ultra.data.on_ray import prepare
 from ultra.evaluate.others import OtherPredictor, check, left_to_ask, others_uri, report
 from ultra.evaluate.predictions import PREDICTIONS, read_predictions
@@ -23,6 +22,7 @@ from ultra.evaluate.report import NUM_EXPLAINED, spread, track_report
 from ultra.evaluate.results import MARKDOWN, read_markdown, write_tables
 from ultra.evaluate.tables import Summary
 from ultra.model import checkpoint
+from ultra.model.encoders import cache_key
 from ultra.tracking import open_run
 
 
@@ -32,17 +32,19 @@ def predict(config: PipelineConfig) -> str:
     Raises:
         CheckpointError: when there is no checkpoint to answer with.
         StorageError: when there is no complete table of exams.
-        ConfigError: when the split holds no exam.
+        ConfigError: when the split holds no exam, or features that are required are missing.
     """
     config = find_exams(config)
     settings = config.evaluate
-    checkpoint.read(settings.checkpoint_uri)
+    opened = checkpoint.read(settings.checkpoint_uri)
     exam_ids = _exam_ids(config)
-    exams = _read_exams(config.data.exams_uri, exam_ids, settings.batch_size)
+    source = _open_source(config, opened)
+    exams = _read_exams(source.pieces, exam_ids, settings.batch_size)
     arguments = {
         "checkpoint_uri": settings.checkpoint_uri,
         "max_new_tokens": settings.max_new_tokens,
         "device": "cuda" if settings.gpus_per_replica else "cpu",
+        "with_encoders": not source.features,
         "explained": spread(exam_ids, NUM_EXPLAINED),
     }
     _answer(config, exams, Predictor, arguments, settings.predictions_uri)
@@ -61,7 +63,8 @@ def predict_other(config: PipelineConfig, other: OtherModel, api_key: SecretStr)
     if not other.weights:  # nothing that computes: one replica reads a file or asks an endpoint
         alone = {"num_replicas": 1, "cpus_per_replica": 1, "gpus_per_replica": 0}
         config = config.model_copy(update={"evaluate": settings.model_copy(update=alone)})
-    exams = _read_exams(config.data.exams_uri, _exam_ids(config), settings.batch_size)
+    pieces = stream.open_source(config.data, "", "pixels").pieces
+    exams = _read_exams(pieces, _exam_ids(config), settings.batch_size)
     uri = others_uri(settings, other)
     _answer(config, exams, OtherPredictor, arguments, uri)
     print(report(other, read_predictions(uri)))
@@ -163,10 +166,25 @@ def _exam_ids(config: PipelineConfig) -> list[str]:
     return exam_ids
 
 
-def _read_exams(uri: str, exam_ids: Sequence[str], batch_size: int) -> ray.data.Dataset:
-    filesystem, _ = storage.resolve(uri)
-    paths = [storage.resolve(part)[1] for part in parquet.part_uris(uri)]
-    exams = ray.data.read_parquet(paths, filesystem=filesystem, partitioning=None)
-    chosen = exams.filter(expr=col("exam_id").is_in(list(exam_ids)))
+def _open_source(config: PipelineConfig, opened: checkpoint.Checkpoint) -> stream.Source:
+    """Return the exams, and where the features of the checkpoint's encoders are, if anywhere."""
+    # Of the weights that it stands on, whatever may be at their address by now.
+    digests = {name: weights["sha256"] for name, weights in opened.base.items()}
+    key = cache_key(opened.config.model, digests)
+    return stream.open_source(
+        config.data,
+        storage.join(config.data.features_uri, key),
+        config.evaluate.features,
+        "evaluate.features",
+    )
+
+
+def _read_exams(
+    pieces: Sequence[stream.Piece], exam_ids: Sequence[str], batch_size: int
+) -> ray.data.Dataset:
+    wanted = frozenset(exam_ids)
+    exams = ray.data.range(len(pieces), override_num_blocks=len(pieces)).flat_map(
+        lambda item: stream.read_exams(pieces[item["id"]], "exam_id", wanted)
+    )
     # Row groups hold many batches; without this a small split would keep one replica busy.
-    return chosen.repartition(target_num_rows_per_block=batch_size)
+    return exams.repartition(target_num_rows_per_block=batch_size)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from ultra.data import schema
-from ultra.data.features import Features
+from ultra.data.features import Features, unpack
 from ultra.data.prompts import encode_prompt
 from ultra.evaluate.baselines import find_blobs
 from ultra.evaluate.predictions import (
@@ -56,8 +56,16 @@ class Predictor:
         self.language = checkpoint.load_language(checkpoint_uri, device)
 
     def __call__(self, exams: pa.Table) -> pa.Table:
-        """Return the PREDICTIONS of a table of EXAMS, in its order."""
-        return to_table(self.predict([schema.from_row(row) for row in exams.to_pylist()]))
+        """Return the PREDICTIONS of a table of EXAMS, in its order.
+
+        The table may have `features`, as the cache stores them, beside the frames.
+        """
+        rows = exams.to_pylist()
+        features = None
+        if "features" in exams.column_names:
+            size = (self.config.tokens_per_frame, self.config.vision.dtype)
+            features = [unpack(row["features"], *size) for row in rows]
+        return to_table(self.predict([schema.from_row(row) for row in rows], features))
 
     def predict(
         self, groups: Sequence[FrameGroup], features: Sequence[Features] | None = None

@@ -7,8 +7,8 @@ frame, or all that the group strategy composes into one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from itertools import chain, islice
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -89,9 +89,16 @@ class FrozenEncoders:
                 features[name] = encoder(torch.stack([p[name] for p in pixels])).to(dtype)
         return features
 
-    def __call__(self, frames: Sequence[bytes]) -> dict[str, NDArray[np.floating[Any]]]:
-        """Return what `encode` does of one group, as numpy: the form the feature cache keeps."""
-        return {name: tensor.cpu().numpy() for name, tensor in self.encode([frames]).items()}
+    def __call__(
+        self, groups: Sequence[Sequence[bytes]]
+    ) -> list[dict[str, NDArray[np.floating[Any]]]]:
+        """Return the features of each group, as numpy: the form the feature cache keeps."""
+        arrays = {name: tensor.cpu().numpy() for name, tensor in self.encode(groups).items()}
+        ends = list(accumulate(self.strategy.num_pictures(len(group)) for group in groups))
+        return [
+            {name: array[start:end] for name, array in arrays.items()}
+            for start, end in pairwise([0, *ends])
+        ]
 
 
 def find_encoder(config: EncoderConfig) -> type[VisionEncoder]:
@@ -107,11 +114,15 @@ def find_encoder(config: EncoderConfig) -> type[VisionEncoder]:
     return ENCODERS[config.name]
 
 
-def cache_key(config: ModelConfig) -> str:
+def cache_key(config: ModelConfig, digests: Mapping[str, str] | None = None) -> str:
     """Return what features depend on beside the frames, as a name for a folder.
 
     Encoders, their weights (which fix the input size), their own options, grid and type; and the
     strategy, where it composes the frames.
+
+    Args:
+        config: the encoders and the strategy.
+        digests: encoder name -> sha256 of its weights; None takes it of those at their address.
 
     Raises:
         ConfigError: for an unknown encoder or strategy.
@@ -119,7 +130,7 @@ def cache_key(config: ModelConfig) -> str:
     parts = []
     for e in config.vision.encoders:
         options = (str(getattr(e, option)) for option in find_encoder(e).options)
-        digest = digest_weights(storage.fetch(e.weights))
+        digest = digests[e.name] if digests else digest_weights(storage.fetch(e.weights))
         parts.append(
             " ".join([e.name, digest, str(config.vision.grid), *options, config.vision.dtype])
         )

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from ultra.config import PipelineConfig
 from ultra.model import checkpoint
 from ultra.model.checkpoint import Progress
-from ultra.tracking import NullTracker
+from ultra.model.encoders import FrozenEncoders
+from ultra.tracking import NullTracker, Tracker
 from ultra.train.batches import Row, read_inputs
 from ultra.train.loop import run_stage
 from ultra.train.progress import StepLog
@@ -24,6 +25,9 @@ def fit_alone(
     rows: Iterator[Row],
     num_exams: int,
     folder: Path,
+    *,
+    encoders: FrozenEncoders | None = None,
+    tracker: Tracker | None = None,
 ) -> Path:
     """Run the stages and return the folder of the final checkpoint.
 
@@ -32,9 +36,11 @@ def fit_alone(
 
     Args:
         config: the whole tree, with one worker.
-        rows: exams with features, as `stream.read_window` yields them, as many as the steps take.
+        rows: exams as `stream.read_window` yields them, as many as the steps take.
         num_exams: exams of an epoch.
         folder: holds a folder for each stage's checkpoint.
+        encoders: encode the frames; None where the rows have features.
+        tracker: gets the numbers of every step.
 
     Raises:
         ValueError: for more than one worker.
@@ -52,11 +58,11 @@ def fit_alone(
         run = begin_stage(config, progress, opened, num_exams, base)
         schedule = run.schedule
         log = StepLog(
-            NullTracker(), run.stage.name, schedule.num_steps, schedule.offset,
+            tracker or NullTracker(), run.stage.name, schedule.num_steps, schedule.offset,
             train.batch_size, train.log_every,
         )  # fmt: skip
         steps = iter(lambda: list(islice(rows, train.batch_size)), [])
-        inputs = read_inputs(run, steps, encoders=None, used=lambda batch: None)
+        inputs = read_inputs(run, steps, encoders, used=lambda batch: None)
         run_stage(run.engine, inputs, schedule, run.teaching, log.add)
         total = schedule.offset + schedule.num_steps
         progress = Progress(progress.stage + 1, 0, total)
