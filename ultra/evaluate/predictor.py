@@ -10,7 +10,7 @@ import torch
 
 from ultra.data import schema
 from ultra.data.features import Features
-from ultra.data.instructions import QUESTIONS
+from ultra.data.instructions import questions
 from ultra.data.prompts import encode_prompt
 from ultra.evaluate.baselines import find_blobs
 from ultra.evaluate.predictions import Prediction, questions_in, to_table
@@ -192,7 +192,7 @@ def questions_of(group: FrameGroup) -> list[Question]:
 
     An exam that has none is asked for its report; nothing is known to compare that with.
     """
-    return list(questions_in(group.conversations)) or [("report", QUESTIONS["report"][0], None)]
+    return list(questions_in(group.conversations)) or [("report", questions()["report"][0], None)]
 
 
 def _gradable_blobs(group: FrameGroup) -> tuple[int, int] | None:
