@@ -10,7 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ultra.data.facts import (
+from ultra.data.instructions import parse_report
+from ultra.data.writer.facts import (
     ABNORMAL,
     DIGITS,
     LEFT,
@@ -28,7 +29,6 @@ from ultra.data.facts import (
     read_sides,
     split_clauses,
 )
-from ultra.data.instructions import parse_report
 from ultra.types import FrameGroup, Turn
 
 PRESUPPOSED = ("lesion", "malignancy", "grade", "echogenicity", "number")
@@ -52,9 +52,7 @@ _MALIGNANCY = {
     "恶性|癌|肉瘤|恶变": r"malignan|cancer|carcino|sarcoma|metasta",
     "良性": r"\bbenign",
 }
-_COUNT_WORDS = dict(
-    zip("one two three four five six seven eight nine ten".split(), range(1, 11), strict=True)
-)
+_COUNT_WORDS = dict(one=1, two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10)
 _MASS = re.compile("[瘤癌]|囊肿|息肉|结节|肿块|包块|占位|脓肿|血肿")
 
 
@@ -187,7 +185,6 @@ def _where(facts: Sequence[Fact]) -> Sides:
 
 def _list(values: Sides | set[str]) -> str:
     return "、".join(sorted(values))
-
 
 
 def find_mistranslated(source: str, target: str) -> str:

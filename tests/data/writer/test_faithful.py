@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ultra.data.faithful import find_mistranslated, find_unstated
+from ultra.data.writer.faithful import find_mistranslated, find_unstated
 from ultra.types import FrameGroup, Turn
 
 
@@ -26,7 +26,9 @@ KIDNEYS = report(
     "右肾见一强回声团，大小约6mm，后方伴声影。左肾见一无回声区，大小约20mm，边界清晰。",
     "右肾结石；左肾囊肿。",
 )
-NORMAL = report("肝胆", "肝脏大小正常，回声均匀，未见占位。胆囊未见明显异常。", "肝胆未见明显异常。")
+NORMAL = report(
+    "肝胆", "肝脏大小正常，回声均匀，未见占位。胆囊未见明显异常。", "肝胆未见明显异常。"
+)
 
 FAITHFUL = [
     (CYST, "病变是什么？", "囊肿"),
