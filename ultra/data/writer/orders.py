@@ -64,7 +64,7 @@ class Round(BaseModel):
 class Written(BaseModel):
     """A conversation, as a reply has it."""
 
-    task: Literal[TASKS, "other"]  # type: ignore[valid-type]
+    task: Literal[*TASKS, "other"]  # type: ignore[valid-type]
     turns: Annotated[list[Round], Limited(min_length=1, max_length=6)]
 
 
