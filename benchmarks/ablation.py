@@ -40,7 +40,8 @@ from ultra.config import InputError, PipelineConfig, load
 from ultra.data import parquet, schema, stream
 from ultra.data.encoding.on_ray import encode
 from ultra.data.features import unpack
-from ultra.data.on_ray import prepare, write_instructions
+from ultra.data.on_ray import prepare
+from ultra.data.writer.on_ray import write_instructions
 from ultra.evaluate.baselines import count_answers
 from ultra.evaluate.predictions import (
     PREDICTIONS,
@@ -204,7 +205,7 @@ def _prepare(config: PipelineConfig) -> None:
     data = config.data
     if not storage.exists(storage.join(data.exams_uri, "conversations.json")):
         counts = prepare(data)
-        write_instructions(data)
+        write_instructions(data, config.instructions)
         storage.write_bytes(storage.join(data.exams_uri, "conversations.json"), b"{}")
         print(f"{data.exams_uri}: {counts.summary()}", flush=True)
     build = partial(FrozenEncoders, config.model, "cpu")

@@ -28,7 +28,8 @@ from ultra import storage
 from ultra.config import PipelineConfig, load
 from ultra.data import parquet, stream
 from ultra.data.features import write_features
-from ultra.data.prepare import fill_conversations, list_entries, publish, write_tables
+from ultra.data.prepare import list_entries, publish, write_tables
+from ultra.data.writer.fill import fill_part
 from ultra.model.encoders import FrozenEncoders, cache_key
 from ultra.tracking import NullTracker
 from ultra.train.alone import fit_alone
@@ -92,7 +93,10 @@ def write_exams(config: PipelineConfig) -> None:
     """Write the exams and their conversations as one part."""
     data = config.data.model_copy(update={"patient_key_secret": "benchmark"})
     publish([write_tables(list(list_entries(data)), 0, data)], data)
-    parts = [fill_conversations(part, data) for part in parquet.read_parts(data.exams_uri)]
+    parts = [
+        fill_part(part, data, config.instructions, {}).exams
+        for part in parquet.read_parts(data.exams_uri)
+    ]
     parquet.publish_parts(data.exams_uri, parts)
 
 

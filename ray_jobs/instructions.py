@@ -5,16 +5,18 @@ ray job submit --working-dir . -- python -m ray_jobs.instructions --set root=$PW
 
 from ultra.cli import run_job
 from ultra.config import PipelineConfig
-from ultra.data.on_ray import write_instructions
+from ultra.data.writer.on_ray import write_instructions
 from ultra.tracking import open_run
 
 
 def main(config: PipelineConfig) -> None:
     """Run the job."""
     with open_run(config, "instructions") as tracker:
-        num_exams = write_instructions(config.data)
-        tracker.metrics({"exams": num_exams})
-    print(f"conversations for {num_exams} exams: {config.data.exams_uri}")
+        counts = write_instructions(config.data, config.instructions)
+        tracker.metrics(counts.metrics())
+        tracker.table("reasons", counts.reason_rows())
+    print(counts.summary())
+    print(f"exams: {config.data.exams_uri}, rejected: {config.instructions.rejected_uri}")
 
 
 if __name__ == "__main__":

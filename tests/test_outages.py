@@ -20,7 +20,8 @@ from ultra.config import PipelineConfig, load
 from ultra.data import parquet, stream
 from ultra.data.encoding.on_ray import encode
 from ultra.data.features import EncodeCounts
-from ultra.data.on_ray import prepare, write_instructions
+from ultra.data.on_ray import prepare
+from ultra.data.writer.on_ray import write_instructions
 from ultra.model import checkpoint
 from ultra.model.encoders import FrozenEncoders, cache_key
 
@@ -179,7 +180,7 @@ def test_train(on_s3: PipelineConfig, s3_server: SeaweedFS) -> None:
     from ultra.train.on_ray import fit
 
     fill_cache(on_s3)
-    write_instructions(on_s3.data)
+    write_instructions(on_s3.data, on_s3.instructions)
     first = configure(on_s3.root, f"train.output_uri={on_s3.root}/first")
     fit(first)
     second = configure(on_s3.root, f"train.output_uri={on_s3.root}/second")

@@ -109,6 +109,58 @@ class DataConfig(Section):
         return self
 
 
+class InstructionsConfig(Section):
+    """Who writes conversations about the exams, and at what price.
+
+    With an endpoint, the texts of reports leave for `base_url`: let it be one that may read them.
+    """
+
+    writer: Literal["rules", "endpoint", "translate"] = "rules"
+    """rules: offline, from the report; endpoint: the same by a model behind an OpenAI-compatible
+    API; translate: English conversations and reports into Chinese by that model."""
+    base_url: str = ""
+    """Of the API, up to and including `/v1`."""
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key; empty for an API that wants none."""
+    extra_body: dict[str, Any] = {}
+    """Fields that this API wants in every request beside those of OpenAI's."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    max_tokens: Positive = 2048
+    """Of one reply."""
+    conversations_per_exam: Annotated[int, Field(ge=1, le=40)] = 6
+    """Asked of the endpoint about one exam."""
+    max_concurrency: Positive = 16
+    """Requests under way at a time, over the whole job."""
+    max_retries: Annotated[int, Field(ge=0)] = 6
+    """Of a request, with growing pauses, after a lost connection, 408, 409, 429 or 5xx."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120
+    prompt_price: Annotated[float, Field(ge=0)] = 0
+    """Of a million prompt tokens."""
+    completion_price: Annotated[float, Field(ge=0)] = 0
+    """Of a million completion tokens."""
+    spend_cap: Annotated[float, Field(gt=0)] | None = None
+    """What all runs on these `replies_uri` may spend together, in the currency of the prices."""
+    replies_uri: str = "{root}/instructions"
+    """Every reply that was paid for, by the digest of its request."""
+    rejected_uri: str = "{root}/rejected"
+    """Table of the conversations that were not let in, with the reason."""
+    review_uri: str = ""
+    """A CSV for an expert: written by every run, and its decisions honoured; empty for none."""
+    review_share: Fraction = 1.0
+    """Share of the conversations that go into the sheet."""
+
+    @model_validator(mode="after")
+    def _reaches_an_endpoint(self) -> Self:
+        if self.writer == "rules":
+            return self
+        if not self.model or not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"writer {self.writer} needs a model and a base_url of http or https")
+        if self.spend_cap is not None and not (self.prompt_price or self.completion_price):
+            raise ValueError("spend_cap needs prompt_price and completion_price")
+        return self
+
+
 class EncoderConfig(Section):
     """One frozen vision encoder."""
 
@@ -409,6 +461,7 @@ class PipelineConfig(Section):
     root: str = "runs/{name}"
     """Folder or s3:// address under which every part keeps its output."""
     data: DataConfig = DataConfig()
+    instructions: InstructionsConfig = InstructionsConfig()
     model: ModelConfig
     encode: EncodeConfig = EncodeConfig()
     train: TrainConfig

@@ -11,7 +11,6 @@ from ultra.config import ConfigError, DataConfig, SimulatorConfig
 from ultra.data import parquet
 from ultra.data.prepare import (
     PrepareCounts,
-    fill_conversations,
     list_entries,
     publish,
     split_of,
@@ -115,34 +114,6 @@ def test_bad_exams_go_to_quarantine_with_their_reason_and_stop_nothing(tmp_path:
     assert "2 exams (2 train), 4 frames, 1 near-duplicates dropped" in counts.summary()
     assert "3 exams in quarantine" in counts.summary()
     assert counts.metrics()["exams_train"] == 2
-
-
-def test_conversations_are_written_into_the_same_rows(tmp_path: Path) -> None:
-    config = config_at(tmp_path, simulator=SimulatorConfig(num_patients=2, frame_size=32))
-    publish([write_tables(list(list_entries(config)), 0, config)], config)
-    before = [from_row(row) for row in rows(config.exams_uri)]
-    (part,) = parquet.read_parts(config.exams_uri)
-    filled = fill_conversations(part, config)
-    assert filled == fill_conversations(part, config)
-    parquet.publish_parts(config.exams_uri, [filled])
-    after = [from_row(row) for row in rows(config.exams_uri)]
-    assert [group.frames for group in after] == [group.frames for group in before]
-    assert all(not group.conversations for group in before)
-    assert all({c.stage for c in group.conversations} == {"align", "instruct"} for group in after)
-
-
-def test_questions_tell_the_site_where_the_configuration_says_so(tmp_path: Path) -> None:
-    simulator = SimulatorConfig(num_patients=2, frame_size=32)
-    told = {}
-    for cue in (True, False):
-        config = config_at(tmp_path, simulator=simulator, site_cue=cue)
-        publish([write_tables(list(list_entries(config)), 0, config)], config)
-        (part,) = parquet.read_parts(config.exams_uri)
-        parquet.publish_parts(config.exams_uri, [fill_conversations(part, config)])
-        groups = [from_row(row) for row in rows(config.exams_uri)]
-        questions = [c.turns[0].content for group in groups for c in group.conversations]
-        told[cue] = sum(question.startswith("检查部位") for question in questions)
-    assert told[True] > 0 == told[False]
 
 
 def test_a_format_and_its_source_must_be_known(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ import pytest
 from tests.data.exam_folders import exam_line, picture, write_folder
 from tests.data.test_frames import png_header
 from ultra import storage
-from ultra.config import ConfigError, DataConfig, SimulatorConfig
+from ultra.config import ConfigError, DataConfig, InstructionsConfig, SimulatorConfig
 from ultra.data import parquet
-from ultra.data.on_ray import prepare, write_instructions
+from ultra.data.on_ray import prepare
 from ultra.data.schema import from_row
+from ultra.data.writer.on_ray import write_instructions
 from ultra.types import FrameGroup
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -19,6 +20,10 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 def config_at(root: str, **changes: object) -> DataConfig:
     addresses = {f"{name}_uri": f"{root}/{name}" for name in ("exams", "quarantine", "audit")}
     return DataConfig.model_validate({**addresses, **changes})
+
+
+def instructions_at(root: str) -> InstructionsConfig:
+    return InstructionsConfig(replies_uri=f"{root}/replies", rejected_uri=f"{root}/rejected")
 
 
 def rows(uri: str) -> list[dict[str, object]]:
@@ -77,7 +82,7 @@ def check_mixed(root: str) -> None:
         ("exams.jsonl line 12", "malformed line: not JSON"),
     ]
     assert len(rows(config.audit_uri)) == 20
-    assert write_instructions(config) == 10
+    assert write_instructions(config, instructions_at(root)).filled.exams == 10
     assert all(group.conversations for group in exams(config))
     assert [group.exam_id for group in exams(config)] == [f"G{i}" for i in range(10)]
 
@@ -131,4 +136,4 @@ def test_a_source_without_exams_is_named(tmp_path: Path) -> None:
 
 def test_conversations_need_exams(tmp_path: Path) -> None:
     with pytest.raises(storage.StorageError, match="no complete table here"):
-        write_instructions(config_at(str(tmp_path)))
+        write_instructions(config_at(str(tmp_path)), instructions_at(str(tmp_path)))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from faker import Faker
 
-from ultra.data.instructions import CUE, QUESTIONS
+from ultra.data.instructions import CUE, questions
 from ultra.data.scrub import holds_identity, scrub
 from ultra.data.synthetic import SITES, _possible_truths, write_report
 
@@ -96,7 +96,7 @@ def test_medicine_stays_as_it_is(report: str) -> None:
 
 def test_what_the_simulator_writes_stays_as_it_is() -> None:
     texts = [text for truth in _possible_truths() for text in write_report(truth)]
-    texts += [question for questions in QUESTIONS.values() for question in questions]
+    texts += [question for ways in questions().values() for question in ways]
     texts += [complaint for site in SITES.values() for complaint in site.complaints]
     texts += [CUE, *SITES]
     assert len(texts) > 100

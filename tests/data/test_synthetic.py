@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from ultra.config import SimulatorConfig
-from ultra.data.instructions import QUESTIONS, write_conversations
+from ultra.data.instructions import questions, write_conversations
 from ultra.data.probe import CONVEX
 from ultra.data.synthetic import (
     SITES,
@@ -199,7 +199,7 @@ def test_report_characters_cover_everything_that_is_written(exams):
     characters = report_characters()
     assert list(characters) == sorted(set(characters))
     known = set(characters)
-    assert set("".join(q for questions in QUESTIONS.values() for q in questions)) <= known
+    assert set("".join(q for ways in questions().values() for q in ways)) <= known
     for exam in exams:
         group = exam.group
         for text in (group.site, group.history, group.findings, group.diagnosis, "问：答：\n"):

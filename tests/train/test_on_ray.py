@@ -46,13 +46,14 @@ def prepared(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
     from ultra import storage
     from ultra.data.encoding.on_ray import encode
-    from ultra.data.on_ray import prepare, write_instructions
+    from ultra.data.on_ray import prepare
+    from ultra.data.writer.on_ray import write_instructions
     from ultra.model.encoders import FrozenEncoders, cache_key
 
     root = tmp_path_factory.mktemp("train")
     config = configure(root)
     prepare(config.data)
-    write_instructions(config.data)
+    write_instructions(config.data, config.instructions)
     build = partial(FrozenEncoders, config.model)
     cache = storage.join(config.data.features_uri, cache_key(config.model))
     first = encode(config.data, config.encode, build, cache)

@@ -10,7 +10,11 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from typing import TypeVar
+
+import yaml
 
 from ultra.types import Conversation, FrameGroup, Stage, Turn
 
@@ -20,25 +24,6 @@ CUE = "检查部位：{}。"
 """Opens a question in the version that tells the site."""
 
 NORMAL, ABNORMAL = "是", "否"
-
-QUESTIONS: dict[str, tuple[str, ...]] = {
-    "findings": (
-        "请描述超声所见。",
-        "这组超声图像可见什么？",
-        "请写出检查所见。",
-        "图像有哪些表现？",
-    ),
-    "report": ("请写出超声报告。", "请根据图像写一份报告。", "请给出所见和提示。"),
-    "diagnosis": ("超声提示是什么？", "请给出超声诊断。", "诊断是什么？", "请根据图像给出提示。"),
-    "site": ("这是哪个部位的检查？", "检查的是什么部位？", "图像是哪个部位？"),
-    "kind": ("病变是什么？", "图像中是什么病变？", "请说出病变的性质。", "考虑什么病变？"),
-    "side": ("病变在哪一侧？", "病变位于哪侧？", "请指出病变在左还是右。"),
-    "size": ("病变有多大？", "病变的大小是多少？", "请给出病变大小。"),
-    "echogenicity": ("病变是什么回声？", "病变的回声如何？", "请描述病变的回声。"),
-    "margin": ("病变的边界如何？", "边界是否清晰？", "请描述病变边界。"),
-    "normal": ("图像是否正常？", "这次检查是否正常？", "该部位是否正常？"),
-}
-"""The ways each task is asked."""
 
 TASKS = ("kind", "side", "size", "echogenicity", "margin", "site", "diagnosis", "normal", "multi")
 """Tasks of the instruct stage; `multi` asks for site, findings and diagnosis in turn."""
@@ -88,6 +73,13 @@ class Report:
     echogenicity: str | None = None
     margin: str | None = None
     normal: bool | None = None
+
+
+@cache
+def questions() -> dict[str, tuple[str, ...]]:
+    """Return the ways each task is asked, as `questions.yaml` beside this module lists them."""
+    text = (resources.files("ultra.data") / "questions.yaml").read_text(encoding="utf-8")
+    return {task: tuple(ways) for task, ways in yaml.safe_load(text).items()}
 
 
 def parse_report(site: str, findings: str, diagnosis: str) -> Report:
@@ -152,14 +144,14 @@ def write_conversations(
     cued = rng.random() < 0.5
     conversations = []
     for stage, task, answer in _answers(group):
-        question = rng.choice(QUESTIONS[task])
+        question = rng.choice(questions()[task])
         if task != "site":
             told = site_cue and cued and group.site
             question = CUE.format(group.site) + question if told else question
             cued = not cued
         conversations.append(_conversation(stage, task, [(question, answer)]))
     rounds = [("site", group.site), ("findings", group.findings), ("diagnosis", group.diagnosis)]
-    asked = [(rng.choice(QUESTIONS[task]), answer) for task, answer in rounds if answer]
+    asked = [(rng.choice(questions()[task]), answer) for task, answer in rounds if answer]
     if len(asked) > 1:
         conversations.append(_conversation("instruct", "multi", asked))
     return tuple(conversations)

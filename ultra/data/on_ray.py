@@ -25,7 +25,6 @@ from ultra.data.importers.entry import ExamEntry
 from ultra.data.prepare import (
     PrepareCounts,
     Written,
-    fill_conversations,
     list_entries,
     publish,
     write_tables,
@@ -69,7 +68,7 @@ def prepare(config: DataConfig) -> PrepareCounts:
             position, entries = task
             return write_tables(entries, position, config, partial(report, position))
 
-        written = _map(_tasks(list_entries(config), size), write)
+        written = map_tasks(_tasks(list_entries(config), size), write)
     return publish(written, config)
 
 
@@ -129,19 +128,6 @@ class _Board:
         return totals
 
 
-def write_instructions(config: DataConfig) -> int:
-    """Give every exam of the table its conversations and return how many exams there are.
-
-    Raises:
-        StorageError: when there is no complete table of exams.
-    """
-    parts = _map(
-        parquet.read_parts(config.exams_uri), lambda part: fill_conversations(part, config)
-    )
-    parquet.publish_parts(config.exams_uri, parts)
-    return sum(part.num_rows for part in parts)
-
-
 def export(config: DataConfig) -> tuple[ExportCounts, list[str]]:
     """Write every exam for other trainers; return what was written, and the files of rows.
 
@@ -150,7 +136,7 @@ def export(config: DataConfig) -> tuple[ExportCounts, list[str]]:
     """
     storage.resolve(config.export_uri)
     parts = parquet.read_parts(config.exams_uri)
-    written = _map(parts, lambda part: export_part(part, config))
+    written = map_tasks(parts, lambda part: export_part(part, config))
     return sum(written, ExportCounts()), join_pieces(parts, config)
 
 
@@ -171,7 +157,7 @@ def stream_rows(
     return [rows.iterator()] if num_workers == 1 else rows.streaming_split(num_workers, equal=True)
 
 
-def _map(items: Iterable[T], function: Callable[[T], R]) -> list[R]:
+def map_tasks(items: Iterable[T], function: Callable[[T], R]) -> list[R]:
     """Return what `function` gives for each item, in order, one task each."""
 
     def run(row: dict[str, Any]) -> dict[str, Any]:

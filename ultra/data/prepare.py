@@ -13,7 +13,6 @@ from ultra.data import parquet, schema
 from ultra.data.importers.entry import ExamEntry
 from ultra.data.importers.formats import find_format
 from ultra.data.importers.reader import ImportedExam, MissingFiles
-from ultra.data.instructions import write_conversations
 from ultra.data.parquet import Part
 from ultra.types import Split
 
@@ -204,21 +203,6 @@ def _count_refused(error: ValueError) -> PrepareCounts:
         missing_files=len(paths),
         first_missing=tuple(paths[:NUM_NAMED]),
     )
-
-
-def fill_conversations(part: Part, config: DataConfig) -> Part:
-    """Write the exams of a part anew with their conversations, and return the new part."""
-    source = parquet.part_uri(config.exams_uri, part)
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for row in parquet.read_rows(source):
-            group = schema.from_row(row)
-            conversations = write_conversations(group, config.seed, config.site_cue)
-            yield {**row, "conversations": schema.conversations_to_rows(conversations)}
-
-    filled = _write(rows(), config.exams_uri, schema.EXAMS, part.position, config)
-    assert filled is not None, f"{source}: a part has rows"
-    return filled
 
 
 def publish(written: Sequence[Written], config: DataConfig) -> PrepareCounts:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ultra.config import SimulatorConfig
-from ultra.data.instructions import CUE, QUESTIONS, REPORT, write_conversations
+from ultra.data.instructions import CUE, REPORT, questions, write_conversations
 from ultra.data.phantom import Artefact, ArtefactKind, Kind, Lesion, Margin, Phantom, Side, cut
 from ultra.data.probe import (
     CONVEX,
@@ -210,7 +210,7 @@ def report_characters() -> str:
     """Return every character of the simulator's reports, questions and answers, sorted."""
     plain = TEMPLATES["plain"]
     texts = ["0123456789", CUE, REPORT, plain.system, plain.user, plain.answer_end]
-    texts += [question for questions in QUESTIONS.values() for question in questions]
+    texts += [question for ways in questions().values() for question in ways]
     for truth in _possible_truths():
         findings, diagnosis = write_report(truth)
         group = FrameGroup("", "", truth.site, findings, diagnosis, (), (), ())

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from ultra import storage
 from ultra.data import parquet, schema
-from ultra.data.instructions import QUESTIONS
+from ultra.data.instructions import questions
 from ultra.types import Conversation, FrameGroup
 
 Asked = tuple[str, str, str]
@@ -195,7 +195,7 @@ def questions_of(group: FrameGroup) -> list[Question]:
     An exam that has none is asked for its report; nothing is known to compare that with.
     """
     return list(questions_in(group.conversations)) or [
-        Question("report", QUESTIONS["report"][0], None)
+        Question("report", questions()["report"][0], None)
     ]
 
 

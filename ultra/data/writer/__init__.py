@@ -1,0 +1,1 @@
+"""Instruction conversations: written by rule or by an endpoint, checked, reviewed."""
