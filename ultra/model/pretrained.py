@@ -12,19 +12,27 @@ from ultra.config import ConfigError
 
 
 def load_pretrained(kind: Any, path: Path, dtype: torch.dtype) -> Any:
-    """Return the model of a transformers directory or a `.gguf` file.
+    """Return the model of a transformers directory or a `.gguf` file, as `load_with_report`."""
+    return load_with_report(kind, path, dtype)[0]
+
+
+def load_with_report(
+    kind: Any, path: Path, dtype: torch.dtype, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Return the model of a transformers directory or a `.gguf` file, and how loading went.
 
     Args:
         kind: the transformers class that reads it.
         path: local directory or file.
         dtype: of the parameters.
+        options: further arguments of `from_pretrained`.
 
     Raises:
         ConfigError: when it cannot be read, or lacks weights, which transformers would make up.
     """
     folder, extra = split_gguf(path)
     try:
-        model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **extra)
+        model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **extra, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{path}: not a model to read: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
@@ -33,7 +41,7 @@ def load_pretrained(kind: Any, path: Path, dtype: torch.dtype) -> Any:
             f"{path}: no {type(model).__name__}, {len(missing)} of its weights are missing, "
             f"e.g. {missing[0]}"
         )
-    return model
+    return model, info
 
 
 def split_gguf(path: Path) -> tuple[Path, dict[str, str]]:

@@ -14,6 +14,7 @@ from ultra.config import PipelineConfig, StageConfig
 from ultra.model import checkpoint
 from ultra.model.checkpoint import Checkpoint, Progress
 from ultra.model.language import LanguageBranch
+from ultra.model.llava import start_projector
 from ultra.model.llava_ultra import LlavaUltra
 from ultra.model.teacher import AttentionTeacher
 from ultra.model.trainable import count_parts
@@ -118,7 +119,10 @@ def describe_parts(run: StageRun) -> str:
 
 def _build_model(config: PipelineConfig, start: Checkpoint | None) -> LlavaUltra:
     if start is None:
-        return LlavaUltra(config.model, LanguageBranch(config.model.language))
+        model = LlavaUltra(config.model, LanguageBranch(config.model.language))
+        if config.model.fusion.weights:
+            start_projector(model.fusion, config.model.fusion.weights)
+        return model
     return checkpoint.load_model(start.uri)
 
 

@@ -1,0 +1,93 @@
+"""The presets: whole at their own size without a value, and as small twins that train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.data.exam_tables import make_exam
+from ultra.config import PipelineConfig, load
+from ultra.data import schema
+from ultra.model import checkpoint
+from ultra.model.outline import outline_encoder, outline_model
+from ultra.model.trainable import count_parts, select_trainable
+
+LLAMA_7B, LLAMA_13B = 6_738_415_616, 13_015_864_320
+CLIP_LAYER = 2 * 2 * 1024 + 4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 4096 + 1024
+CLIP_L_224 = 1024 + 3 * 14 * 14 * 1024 + (16 * 16 + 1) * 1024 + 24 * CLIP_LAYER + 2 * 2 * 1024
+CLIP_L_336 = CLIP_L_224 + (24 * 24 - 16 * 16) * 1024
+SAM_L = 308_278_272
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "llava-ultra-13b": {
+        "language": LLAMA_13B,
+        "projectors": (1024 + 1) * 5120 + (4096 + 1) * 5120,
+        "encoders": {"clip": CLIP_L_224, "sam": SAM_L},
+        "trained": (["projectors", "alpha", "scorer"], ["projectors", "alpha", "scorer", "lora"]),
+    },
+    "llava-ultra-7b": {
+        "language": LLAMA_7B,
+        "projectors": (1024 + 1) * 4096 + (4096 + 1) * 4096,
+        "encoders": {"clip": CLIP_L_224, "sam": SAM_L},
+        "trained": (["projectors", "alpha", "scorer"], ["projectors", "alpha", "scorer", "lora"]),
+    },
+    "llava-med-7b": {
+        "language": LLAMA_7B,
+        "projectors": (1024 + 1) * 4096,
+        "encoders": {"clip": CLIP_L_224},
+        "trained": (["projectors"], ["projectors", "language"]),
+    },
+    "llava-7b": {
+        "language": LLAMA_7B,
+        "projectors": (1024 + 1) * 4096 + (4096 + 1) * 4096,
+        "encoders": {"clip": CLIP_L_336},
+        "trained": (["projectors"], ["projectors", "language"]),
+    },
+    "qilin-med-vl-13b": {
+        "language": LLAMA_13B,
+        "projectors": (1024 + 1) * 5120,
+        "encoders": {"clip": CLIP_L_336},
+        "trained": (["projectors"], ["projectors", "language"]),
+    },
+}
+"""What papers and model cards state, or what follows from the sizes they state."""
+
+LORA_OF_A_LAYER = {  # rank 64: a factor on either side of each of the seven linear layers
+    "llava-ultra-13b": 64 * (4 * (5120 + 5120) + 3 * (5120 + 13824)) * 40,
+    "llava-ultra-7b": 64 * (4 * (4096 + 4096) + 3 * (4096 + 11008)) * 32,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_has_the_parameters_that_are_stated(name: str) -> None:
+    expected, config = PRESETS[name], load(name)
+    model = outline_model(config.model)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    counts = {count.part: count.parameters for count in count_parts(model)}
+    assert counts["language"] == expected["language"]
+    assert counts["projectors"] == expected["projectors"]
+    assert counts.get("lora") == LORA_OF_A_LAYER.get(name)
+    for encoder in config.model.vision.encoders:
+        whole = encoder.model_copy(update={"layer": -1})  # all of the tower, and not what is read
+        module, _ = outline_encoder(whole, config.model.vision.grid)
+        assert sum(p.numel() for p in module.parameters()) == expected["encoders"][encoder.name]
+
+
+def test_the_encoders_have_the_size_that_their_papers_round() -> None:
+    assert CLIP_L_224 == 303_179_776  # "303 M"
+    assert round(SAM_L / 1e6) == 308
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_stage_trains_what_its_paper_trains(name: str) -> None:
+    config = load(name)
+    model = outline_model(config.model)
+    for stage, trained in zip(config.train.stages, PRESETS[name]["trained"], strict=True):
+        select_trainable(model, stage.trainable)
+        assert [c.part for c in count_parts(model) if c.trainable] == trained
