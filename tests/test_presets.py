@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
@@ -16,13 +15,17 @@ from ultra.config import PipelineConfig, load
 from ultra.data import schema
 from ultra.model import checkpoint
 from ultra.model.outline import outline_encoder, outline_model
-from ultra.model.trainable import count_parts, select_trainable
+from ultra.model.trainable import count_parts, part_of, select_trainable
 
 LLAMA_7B, LLAMA_13B = 6_738_415_616, 13_015_864_320
-CLIP_LAYER = 2 * 2 * 1024 + 4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 4096 + 1024
-CLIP_L_224 = 1024 + 3 * 14 * 14 * 1024 + (16 * 16 + 1) * 1024 + 24 * CLIP_LAYER + 2 * 2 * 1024
+LAYER = 2 * 2 * 1024 + 4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 4096 + 1024
+CLIP_L_224 = 1024 + 3 * 14 * 14 * 1024 + (16 * 16 + 1) * 1024 + 24 * LAYER + 2 * 2 * 1024
 CLIP_L_336 = CLIP_L_224 + (24 * 24 - 16 * 16) * 1024
-SAM_L = 308_278_272
+SAM_L = (
+    1024 + 3 * 16 * 16 * 1024 + 64 * 64 * 1024 + 24 * LAYER
+    + 2 * 64 * (20 * (2 * 14 - 1) + 4 * (2 * 64 - 1))  # relative positions of 64 channels
+    + 1024 * 256 + 9 * 256 * 256 + 2 * 2 * 256  # the neck: two convolutions, two norms
+)  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
     "llava-ultra-13b": {
@@ -81,7 +84,7 @@ def test_a_preset_has_the_parameters_that_are_stated(name: str) -> None:
 
 def test_the_encoders_have_the_size_that_their_papers_round() -> None:
     assert CLIP_L_224 == 303_179_776  # "303 M"
-    assert round(SAM_L / 1e6) == 308
+    assert SAM_L == 308_278_272
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -91,3 +94,60 @@ def test_each_stage_trains_what_its_paper_trains(name: str) -> None:
     for stage, trained in zip(config.train.stages, PRESETS[name]["trained"], strict=True):
         select_trainable(model, stage.trainable)
         assert [c.part for c in count_parts(model) if c.trainable] == trained
+
+
+def make_twin(name: str, backbones: Path, root: Path) -> PipelineConfig:
+    """A preset with weights of a few thousand parameters, one worker and two steps a stage."""
+    preset = load(name)
+    overrides = [
+        f"root={root}", "tracking.uri=''", "model.vision.grid=2",
+        f"model.language.weights={backbones / 'language'}", "model.language.max_length=300",
+        "train.num_workers=1", "train.batch_size=2", "train.micro_batch_size=2",
+        "train.zero.stage=2", "model.selection.teacher_warmup_steps=1",
+    ]  # fmt: skip
+    small = {"clip": ("clip", 20), "sam": ("sam.pth", 36)}
+    for index, encoder in enumerate(preset.model.vision.encoders):
+        weights, width = small[encoder.name]
+        path = f"model.vision.encoders.{index}"
+        overrides += [f"{path}.weights={backbones / weights}", f"{path}.width={width}"]
+    for index in range(len(preset.train.stages)):
+        overrides += [f"train.stages.{index}.epochs=null", f"train.stages.{index}.steps=2"]
+    return load(name, overrides)
+
+
+def rows_of(config: PipelineConfig) -> Iterator[dict[str, Any]]:
+    """Exams with random features, for ever."""
+    rng = np.random.default_rng(5)
+    composes = config.model.selection.strategy == "composite"
+    for number in cycle(range(5)):
+        exam = make_exam(number)
+        count = 1 if composes else len(exam.frames)
+        features = {
+            e.name: [
+                rng.normal(size=(config.model.tokens_per_frame, e.width)).astype("f2").tobytes()
+                for _ in range(count)
+            ]
+            for e in config.model.vision.encoders
+        }
+        yield {**schema.to_row(exam), "epoch": 0, "features": features}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_small_twin_of_a_preset_trains_both_stages(
+    name: str, random_backbones: Path, tmp_path: Path
+) -> None:
+    from ultra.train.alone import fit_alone
+
+    config = make_twin(name, random_backbones, tmp_path)
+    final = fit_alone(config, rows_of(config), 5, tmp_path / "stages")
+    whole = "language" in config.train.stages[1].trainable
+    assert final.name == "instruct-000002"
+    assert (final / "language").exists() == whole
+    assert (final / "adapter").exists() != whole
+    for stage in config.train.stages:
+        moments = checkpoint.read(str(final.parent / f"{stage.name}-000002")).moments()
+        assert {part_of(name) for name in moments.masters} == set(stage.trainable)
+        learnt = {part_of(name) for name, moment in moments.exp_avg.items() if moment.any()}
+        assert learnt == set(stage.trainable)
+    trained = checkpoint.load_model(str(final))
+    assert all(bool(parameter.isfinite().all()) for parameter in trained.parameters())

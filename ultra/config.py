@@ -145,7 +145,7 @@ class FusionConfig(Section):
 
     projector: Literal["linear", "mlp"] = "linear"
     weights: str = ""
-    """Where the projector starts: weights as LLaVA or LLaVA-Med publish them, a folder or a file."""
+    """Where the projector starts: a folder or a file as LLaVA or LLaVA-Med publish them."""
     normalise: bool = True
     """Whether features are layer-normed before a projector; LLaVA's and LLaVA-Med's read them as
     they are."""
@@ -254,7 +254,8 @@ class TrainConfig(Section):
     output_uri: str = "{root}/train"
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     start_from: str = ""
-    """A checkpoint whose weights the first stage starts with."""
+    """A checkpoint of ultra whose weights the first stage starts with. Those that LLaVA publishes
+    go into `model.language.weights` and `model.fusion.weights`."""
     features: Literal["auto", "require", "pixels"] = "auto"
     """auto: the feature cache when it holds every exam, pixels otherwise."""
     num_workers: Positive = 1

@@ -59,7 +59,7 @@ class LanguageBranch(nn.Module):
 
     @property
     def embedding_std(self) -> float:
-        """Standard deviation of the input embedding; LLaMA's first one where there are no values."""
+        """Standard deviation of the input embedding; where it has no values, a fresh LLaMA's."""
         weight = self.embedding.weight
         return 0.02 if weight.is_meta else float(weight.float().std())
 

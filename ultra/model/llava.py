@@ -77,7 +77,9 @@ def load_language(folder: Path, dtype: torch.dtype) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = AutoConfig.for_model(**text_settings(json.loads((folder / "config.json").read_text())))
+    settings = AutoConfig.for_model(
+        **text_settings(json.loads((folder / "config.json").read_text()))
+    )
     model, report = load_with_report(
         AutoModelForCausalLM, folder, dtype, config=settings, key_mapping=LANGUAGE_KEYS
     )
@@ -139,6 +141,7 @@ def _read_projector(file: Path) -> dict[str, Tensor]:
     _account_for(others, str(file), "the projector")
     return own
 
+
 def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Yield the names of a file's tensors and what reads each; nothing is unpickled but tensors."""
     try:
@@ -155,18 +158,16 @@ def _tensors(file: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
 
 def _account_for(names: Iterable[str], where: str, wanted: str) -> None:
-    """Log what is left out of a file beside what was wanted.
+    """Log what is left out of a file beside what was wanted and is read.
 
     Raises:
         ConfigError: for a tensor that is of no known part.
     """
     left = set()
     for name in names:
-        part = next((part for part, known in PARTS.items() if known.fullmatch(name)), None)
-        if part is None:
-            raise ConfigError(
-                f"{where}: unknown tensor {name}; known: those of {', '.join(PARTS)}"
-            )
+        part = next((part for part, known in PARTS.items() if known.fullmatch(name)), wanted)
+        if part == wanted:
+            raise ConfigError(f"{where}: unknown tensor {name}; known: those of {', '.join(PARTS)}")
         left.add(part)
     if left:
         logger.warning("%s: read %s, left out %s", where, wanted, " and ".join(sorted(left)))

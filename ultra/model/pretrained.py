@@ -28,13 +28,20 @@ def load_with_report(
         options: further arguments of `from_pretrained`.
 
     Raises:
-        ConfigError: when it cannot be read, or lacks weights, which transformers would make up.
+        ConfigError: when it cannot be read, or a tensor has another shape or is missing, which
+            transformers would make up.
     """
     folder, extra = split_gguf(path)
+    # Of other shapes transformers itself says which, but to the log.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **extra}
     try:
-        model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **extra, **options)
+        model, info = kind.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{path}: not a model to read: {first_line(error)}") from error
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise ConfigError(
+            f"{path}: {name} is {tuple(found)}, its {type(model).__name__} has {tuple(wanted)}"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(

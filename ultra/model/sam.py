@@ -127,6 +127,11 @@ def read_sam_size(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def read_sam_weights(path: Path) -> dict[str, Tensor]:
+    """Return the image encoder's tensors of a `.pth` or `.safetensors` file.
+
+    Raises:
+        ValueError: when there are none to read.
+    """
     state: Any
     try:
         if path.suffix == ".safetensors":
