@@ -92,9 +92,9 @@ def _outline_dinov2(config: EncoderConfig, grid: int) -> tuple[nn.Module, int]:
 
 def _outline_sam(config: EncoderConfig, grid: int) -> tuple[nn.Module, int]:
     where = f"encoder {config.name}"
-    path = Path(config.weights)
+    path = _local(config.weights)
     try:
-        if path.is_file():
+        if path is not None:
             size = read_sam_size(read_sam_weights(path))
         else:
             size = _read_architecture(where, config)
@@ -117,9 +117,9 @@ def _settings(where: str, config: EncoderConfig | LanguageConfig) -> Any:
     """Return transformers' configuration of a model, from its weights or its architecture."""
     from transformers import AutoConfig
 
-    path = Path(config.weights)
+    path = _local(config.weights)
     try:
-        if path.suffix == ".gguf" and path.is_file():
+        if path is not None and path.suffix == ".gguf":
             folder, extra = split_gguf(path)
             return AutoConfig.from_pretrained(folder, **extra)
         raw = _read_config_json(config.weights) or _read_architecture(where, config)
@@ -132,6 +132,16 @@ def _settings(where: str, config: EncoderConfig | LanguageConfig) -> Any:
         if isinstance(error, InputError):
             raise
         raise ConfigError(f"{where}: no model to outline: {first_line(error)}") from None
+
+
+def _local(weights: str) -> Path | None:
+    """Return where weights are on this machine, if anywhere; none is fetched for its size."""
+    if "://" in weights:
+        return None
+    try:
+        return storage.fetch(weights)
+    except storage.StorageError:
+        return None
 
 
 def _read_config_json(weights: str) -> dict[str, Any] | None:

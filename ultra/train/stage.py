@@ -59,7 +59,7 @@ def begin_stage(
     train, stage = config.train, config.train.stages[progress.stage]
     torch.manual_seed(train.seed)
     model = _build_model(config, start)
-    teaching = _build_teaching(config, model, start)
+    teaching = build_teaching(config, model, start)
     engine = ZeroEngine(model, train, stage)
     if teaching.teacher is not None:
         teaching.teacher.to(engine.device)
@@ -126,9 +126,10 @@ def _build_model(config: PipelineConfig, start: Checkpoint | None) -> LlavaUltra
     return checkpoint.load_model(start.uri)
 
 
-def _build_teaching(
+def build_teaching(
     config: PipelineConfig, model: LlavaUltra, start: Checkpoint | None
 ) -> Teaching:
+    """Return what teaches a model's feature score, with the snapshot of `start` if it has one."""
     selection = config.model.selection
     kind = selection.teacher if model.strategy.scored else "none"
     if selection.redundancy_weight == 0:
