@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.data.exam_tables import make_exam
 from ultra.config import PipelineConfig, load
@@ -96,7 +100,7 @@ def test_each_stage_trains_what_its_paper_trains(name: str) -> None:
         assert [c.part for c in count_parts(model) if c.trainable] == trained
 
 
-def make_twin(name: str, backbones: Path, root: Path) -> PipelineConfig:
+def make_twin(name: str, backbones: Path, root: Path, *more: str) -> PipelineConfig:
     """A preset with weights of a few thousand parameters, one worker and two steps a stage."""
     preset = load(name)
     overrides = [
@@ -112,7 +116,7 @@ def make_twin(name: str, backbones: Path, root: Path) -> PipelineConfig:
         overrides += [f"{path}.weights={backbones / weights}", f"{path}.width={width}"]
     for index in range(len(preset.train.stages)):
         overrides += [f"train.stages.{index}.epochs=null", f"train.stages.{index}.steps=2"]
-    return load(name, overrides)
+    return load(name, [*overrides, *more])
 
 
 def rows_of(config: PipelineConfig) -> Iterator[dict[str, Any]]:
@@ -151,3 +155,32 @@ def test_the_small_twin_of_a_preset_trains_both_stages(
         assert learnt == set(stage.trainable)
     trained = checkpoint.load_model(str(final))
     assert all(bool(parameter.isfinite().all()) for parameter in trained.parameters())
+
+
+def test_a_preset_goes_on_from_weights_that_llava_published(
+    random_backbones: Path, tmp_path: Path
+) -> None:
+    from ultra.train.alone import fit_alone
+
+    folder = tmp_path / "llava"
+    shutil.copytree(random_backbones / "language", folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "model_type": "llava_llama"}))
+    llama = load_file(folder / "model.safetensors")
+    own = {
+        "0.weight": torch.randn(24, 20), "0.bias": torch.randn(24),
+        "2.weight": torch.randn(24, 24), "2.bias": torch.randn(24),
+    }  # fmt: skip
+    beside = {f"model.mm_projector.{name}": tensor for name, tensor in own.items()}
+    save_file({**llama, **beside}, folder / "model.safetensors", metadata={"format": "pt"})
+    still = [f"train.stages.{i}.learning_rate=1e-12" for i in range(2)]
+    given = [f"model.language.weights={folder}", f"model.fusion.weights={folder}"]
+    exact = ["train.precision=float32", "model.language.dtype=float32"]
+    config = make_twin("llava-7b", random_backbones, tmp_path, *still, *given, *exact)
+    final = fit_alone(config, rows_of(config), 5, tmp_path / "stages")
+    for stage in ("align-000002", final.name):
+        state = checkpoint.load_model(str(final.parent / stage)).state_dict()
+        for name, tensor in own.items():
+            torch.testing.assert_close(state[f"fusion.projectors.clip.{name}"], tensor)
+        for name, tensor in llama.items():
+            torch.testing.assert_close(state[f"language.model.{name}"], tensor)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ultra import storage
 from ultra.config import ConfigError, EncoderConfig, InputError, LanguageConfig, ModelConfig
 from ultra.model import llava
+from ultra.model.dinov2 import MODEL_TYPES
 from ultra.model.encoders import find_encoder
 from ultra.model.language import LanguageBranch
 from ultra.model.llava_ultra import LlavaUltra
@@ -66,15 +67,18 @@ def _outline_language(config: LanguageConfig) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     settings = _settings("model.language", config)
-    dtype = getattr(torch, config.dtype)
-    model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=_attend())
+    options = {"dtype": getattr(torch, config.dtype), "attn_implementation": _attend()}
+    try:
+        model = AutoModelForCausalLM.from_config(settings, **options)
+    except ValueError as error:
+        raise ConfigError(f"model.language: no language model: {first_line(error)}") from None
     return model, SimpleNamespace(bos_token_id=settings.bos_token_id)
 
 
 def _outline_clip(config: EncoderConfig, grid: int) -> tuple[nn.Module, int]:
     from transformers import CLIPVisionModel
 
-    settings = _settings(f"encoder {config.name}", config)
+    settings = _settings(f"encoder {config.name}", config, "clip_vision_model")
     model = CLIPVisionModel._from_config(settings, attn_implementation=_attend())
     encoder = getattr(model, "vision_model", model).encoder
     encoder.layers = encoder.layers[: count_layers(config, len(encoder.layers))]
@@ -84,9 +88,10 @@ def _outline_clip(config: EncoderConfig, grid: int) -> tuple[nn.Module, int]:
 def _outline_dinov2(config: EncoderConfig, grid: int) -> tuple[nn.Module, int]:
     from transformers import AutoModel
 
-    settings = _settings(f"encoder {config.name}", config)
+    settings = _settings(f"encoder {config.name}", config, *MODEL_TYPES)
     model = AutoModel.from_config(settings, attn_implementation=_attend())
     model.encoder.layer = model.encoder.layer[: count_layers(config, len(model.encoder.layer))]
+    model.layernorm = nn.Identity()
     return model, grid * settings.patch_size
 
 
@@ -113,8 +118,12 @@ OUTLINES: dict[str, Callable[[EncoderConfig, int], tuple[nn.Module, int]]] = {
 """Name of an encoder -> what makes its outline."""
 
 
-def _settings(where: str, config: EncoderConfig | LanguageConfig) -> Any:
-    """Return transformers' configuration of a model, from its weights or its architecture."""
+def _settings(where: str, config: EncoderConfig | LanguageConfig, *kinds: str) -> Any:
+    """Return transformers' configuration of a model, from its weights or its architecture.
+
+    Raises:
+        ConfigError: when there is none, or its model type is not among `kinds`, if any are given.
+    """
     from transformers import AutoConfig
 
     path = _local(config.weights)
@@ -127,6 +136,10 @@ def _settings(where: str, config: EncoderConfig | LanguageConfig) -> Any:
             raw = llava.text_settings(raw)
         elif "vision_config" in raw:  # of CLIP with its text side
             raw = {"model_type": "clip_vision_model", **raw["vision_config"]}
+        if kinds and raw.get("model_type") not in kinds:
+            raise ConfigError(
+                f"{where}: {raw.get('model_type')} where one of {', '.join(kinds)} is wanted"
+            )
         return AutoConfig.for_model(**raw)
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, InputError):

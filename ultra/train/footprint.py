@@ -23,6 +23,7 @@ from ultra.model.llava_ultra import LlavaUltra
 from ultra.model.outline import outline_encoder
 from ultra.train.loop import Teaching
 
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Sizes of one forward pass.
@@ -95,12 +96,12 @@ def measure(model: LlavaUltra, teaching: Teaching, shape: Shape) -> Footprint:
     )
 
 
-def encoder_flops(config: EncoderConfig, grid: int) -> int:
-    """Return the operations an encoder takes for one picture."""
+def measure_encoder(config: EncoderConfig, grid: int) -> tuple[int, int]:
+    """Return the operations an encoder takes for one picture, and the bytes of its weights."""
     module, side = outline_encoder(config, grid)
     with torch.no_grad(), _count() as counter:
         module(torch.empty(1, 3, side, side, device="meta"))
-    return int(counter.get_total_flops())
+    return int(counter.get_total_flops()), sum(p.nbytes for p in module.parameters())
 
 
 def frame_bytes(vision: VisionConfig) -> int:
@@ -178,5 +179,5 @@ def _every_value_counts() -> Iterator[None]:
     """Let masks be without values: all of a group's pictures are real."""
     from torch.fx.experimental import _config
 
-    with _config.patch(meta_nonzero_assume_all_nonzero=True):
+    with _config.patch(meta_nonzero_assume_all_nonzero=True):  # type: ignore[attr-defined]
         yield

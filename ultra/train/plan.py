@@ -9,26 +9,21 @@ for other workers among it, all of which `utilisation` stands for.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from ultra.config import PipelineConfig, StageConfig, TrainConfig
+from ultra.config import PipelineConfig, StageConfig
 from ultra.model.llava_ultra import LlavaUltra
 from ultra.model.outline import outline_model
-from ultra.model.strategies import find_strategy, num_visual_tokens
+from ultra.model.strategies import num_visual_tokens
 from ultra.model.trainable import PartCount, count_parts, select_trainable
-from ultra.train.footprint import Footprint, Shape, encoder_flops, frame_bytes, measure
+from ultra.train.footprint import Shape, frame_bytes, measure, measure_encoder
 from ultra.train.loop import Teaching
+from ultra.train.memory import Memory, plan_memory
 from ultra.train.schedule import count_steps
 from ultra.train.stage import build_teaching
-
-STAGES = (0, 1, 2, 3)
-"""Of ZeRO (Rajbhandari et al., arXiv 1910.02054)."""
-
-REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
-"""Elements that DeepSpeed, with its defaults, sets aside for gradients on their way, and keeps of
-gathered parameters under ZeRO-3 at most."""
 
 History = Mapping[str, Sequence[tuple[int, float]]]
 """Metric -> (step over all stages, value), as `tracking.read_history` returns it."""
@@ -56,41 +51,6 @@ class Assumptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes on each GPU under a stage of ZeRO.
-
-    Attributes:
-        zero: the stage.
-        weights: of all that the engine holds, in the type it computes in.
-        gradients: of what trains.
-        optimizer: Adam's two moments, and float32 masters where they are not the weights.
-        teacher: the attention teacher's snapshot, whole on every GPU.
-        buffers: DeepSpeed's own.
-        activations: kept for the backward pass, for the longest samples.
-        logits: beside those.
-        features: of the same samples, as they come in.
-        step: float32 gradients while the parameters move, when a pass's own are gone.
-    """
-
-    zero: int
-    weights: int
-    gradients: int
-    optimizer: int
-    teacher: int
-    buffers: int
-    activations: int
-    logits: int
-    features: int
-    step: int
-
-    @property
-    def total(self) -> int:
-        """The most at any moment."""
-        held = self.weights + self.gradients + self.optimizer + self.teacher + self.buffers
-        return held + max(self.activations + self.logits + self.features, self.step)
-
-
-@dataclass(frozen=True, slots=True)
 class StagePlan:
     """A stage.
 
@@ -98,12 +58,11 @@ class StagePlan:
         parts: parameters, and whether they train.
         memory: under each stage of ZeRO.
         tokens: that the language model reads of an exam.
-        flops: an exam takes with features from the cache.
-        flops_from_pixels: an exam takes where the encoders run in training.
-        samples: exams of the whole stage, each as often as it comes.
-        hours: with features from the cache.
-        hours_from_pixels: where the encoders run in training.
-        measured_utilisation: of the last run; None without one.
+        flops: an exam takes, its features from the cache; a mean over the stage's steps, of which
+            those before the teacher's warm-up ends have no teacher.
+        first_step: counted over all stages.
+        steps: of the stage.
+        samples: exams of the stage, each as often as it comes.
     """
 
     name: str
@@ -111,11 +70,9 @@ class StagePlan:
     memory: tuple[Memory, ...]
     tokens: int
     flops: float
-    flops_from_pixels: float
+    first_step: int
+    steps: int
     samples: int
-    hours: float
-    hours_from_pixels: float
-    measured_utilisation: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +81,10 @@ class Plan:
 
     Attributes:
         zero: the stage of ZeRO that is configured.
-        longest_tokens: of a row, for which memory is given.
-        longest_frames: of an exam, for which memory is given.
+        longest: samples that memory is given for.
         encode_flops: of all frames of an exam.
-        encode_hours: to fill the cache, on as many GPUs as train.
-        cache_frame_bytes: features of a picture.
+        encoder_bytes: weights of the encoders, on each GPU where they run in training.
+        frame_bytes: features of a picture, in the cache.
         cache_bytes: features of all exams.
     """
 
@@ -136,59 +92,97 @@ class Plan:
     workers: int
     zero: int
     precision: str
-    micro_batch_size: int
-    longest_tokens: int
-    longest_frames: int
+    longest: Shape
     assumptions: Assumptions
     stages: tuple[StagePlan, ...]
     encode_flops: int
-    encode_hours: float
-    cache_frame_bytes: int
+    encoder_bytes: int
+    frame_bytes: int
     cache_bytes: int
 
+    def hours(self, flops: float) -> float:
+        """Return how long all GPUs together take for some operations."""
+        rate = self.workers * self.assumptions.tflops * 1e12 * self.assumptions.utilisation
+        return flops / rate / 3600
 
-def make_plan(
-    config: PipelineConfig, assumptions: Assumptions, history: History | None = None
-) -> Plan:
-    """Return the plan of both stages.
+    def stage_hours(self, stage: StagePlan, *, cached: bool) -> float:
+        """Return how long a stage takes, with features from the cache or with the encoders."""
+        encode = 0 if cached else self.encode_flops
+        return self.hours(stage.samples * (stage.flops + encode))
+
+    def encode_hours(self) -> float:
+        """Return how long the same GPUs take to fill the cache."""
+        return self.hours(self.assumptions.exams * self.encode_flops)
+
+    def fits(self, memory: Memory) -> bool:
+        """Return whether a GPU has that much."""
+        return memory.total <= self.assumptions.gpu_memory * 2**30
+
+    def measured_utilisation(self, stage: StagePlan, history: History) -> float | None:
+        """Return the share of the GPUs' peak that a run reached in a stage; None without one."""
+        span = range(stage.first_step + 1, stage.first_step + stage.steps + 1)
+        rates = [rate for step, rate in history.get("samples_per_second", ()) if step in span]
+        if not rates:
+            return None
+        peak = self.workers * self.assumptions.tflops * 1e12
+        return sum(rates) / len(rates) * stage.flops / peak
+
+    def to_json(self, history: History) -> dict[str, Any]:
+        """Return the plan with what follows from it, as JSON has it; sizes are in bytes."""
+        stages = [
+            {
+                **asdict(stage),
+                "memory": [
+                    {**asdict(memory), "total": memory.total, "fits": self.fits(memory)}
+                    for memory in stage.memory
+                ],
+                "flops_from_pixels": stage.flops + self.encode_flops,
+                "hours": self.stage_hours(stage, cached=True),
+                "hours_from_pixels": self.stage_hours(stage, cached=False),
+                "measured_utilisation": self.measured_utilisation(stage, history),
+            }
+            for stage in self.stages
+        ]
+        return {**asdict(self), "stages": stages, "encode_hours": self.encode_hours()}
+
+
+def make_plan(config: PipelineConfig, assumptions: Assumptions) -> Plan:
+    """Return the plan of all stages.
 
     Args:
         config: the whole tree; its weights may be missing where it names architectures.
         assumptions: what it cannot know.
-        history: of the last training run, for what it measured.
 
     Raises:
         ConfigError: for a model of which nothing is known.
     """
     train, vision = config.train, config.model.vision
-    strategy = find_strategy(config.model)
-    pictures = strategy.num_pictures(assumptions.frames)
-    encode_flops = pictures * sum(encoder_flops(e, vision.grid) for e in vision.encoders)
     model = outline_model(config.model).to(getattr(torch, train.precision))
     with torch.device("meta"):
         teaching = build_teaching(config, model, None)
-    stages, offset = [], 0
+    num_pictures = model.strategy.num_pictures
+    pictures = num_pictures(assumptions.frames)
+    longest = Shape(
+        train.micro_batch_size,
+        num_pictures(config.data.max_frames),
+        config.model.language.max_length,
+    )
+    encoders = [measure_encoder(encoder, vision.grid) for encoder in vision.encoders]
+    stages: list[StagePlan] = []
     for stage in train.stages:
-        select_trainable(model, stage.trainable)
-        steps = count_steps(stage, assumptions.exams, train.batch_size)
-        span = range(offset, offset + steps)
-        stages.append(
-            _plan_stage(config, stage, model, teaching, assumptions, span, encode_flops, history)
-        )
-        offset += steps
+        first = sum(before.steps for before in stages)
+        stages.append(_plan_stage(config, stage, first, assumptions, longest, model, teaching))
     return Plan(
         name=config.name,
         workers=train.num_workers,
         zero=train.zero.stage,
         precision=train.precision,
-        micro_batch_size=train.micro_batch_size,
-        longest_tokens=config.model.language.max_length,
-        longest_frames=config.data.max_frames,
+        longest=longest,
         assumptions=assumptions,
         stages=tuple(stages),
-        encode_flops=encode_flops,
-        encode_hours=_hours(assumptions.exams * encode_flops, train.num_workers, assumptions),
-        cache_frame_bytes=frame_bytes(vision),
+        encode_flops=pictures * sum(flops for flops, _ in encoders),
+        encoder_bytes=sum(size for _, size in encoders),
+        frame_bytes=frame_bytes(vision),
         cache_bytes=assumptions.exams * pictures * frame_bytes(vision),
     )
 
@@ -196,100 +190,32 @@ def make_plan(
 def _plan_stage(
     config: PipelineConfig,
     stage: StageConfig,
+    first_step: int,
+    assumptions: Assumptions,
+    longest: Shape,
     model: LlavaUltra,
     teaching: Teaching,
-    assumptions: Assumptions,
-    span: range,
-    encode_flops: int,
-    history: History | None,
 ) -> StagePlan:
-    train, strategy = config.train, model.strategy
+    train = config.train
     mean = Shape(
-        1,
-        strategy.num_pictures(assumptions.frames),
-        num_visual_tokens(config.model, assumptions.frames) + assumptions.text_tokens,
-        assumptions.text_tokens,
+        samples=1,
+        pictures=model.strategy.num_pictures(assumptions.frames),
+        tokens=num_visual_tokens(config.model, assumptions.frames) + assumptions.text_tokens,
+        findings=assumptions.text_tokens,
     )
-    longest = Shape(
-        train.micro_batch_size,
-        strategy.num_pictures(config.data.max_frames),
-        config.model.language.max_length,
-    )
-    taken = measure(model, teaching, mean)
-    taught = sum(teaching.due(step) for step in span) / len(span)
-    flops = taken.flops - (1 - taught) * taken.teacher_flops
-    parts, samples = tuple(count_parts(model)), len(span) * train.batch_size
-    footprint = measure(model, teaching, longest)
+    select_trainable(model, stage.trainable)
+    parts = tuple(count_parts(model))
+    steps = count_steps(stage, assumptions.exams, train.batch_size)
+    taught = sum(map(teaching.due, range(first_step, first_step + steps))) / steps
+    taken, most = measure(model, teaching, mean), measure(model, teaching, longest)
     teacher = sum(p.nbytes for p in teaching.teacher.parameters()) if teaching.teacher else 0
     return StagePlan(
         name=stage.name,
         parts=parts,
-        memory=tuple(plan_memory(parts, train, zero, footprint, teacher) for zero in STAGES),
+        memory=tuple(plan_memory(parts, train, zero, most, teacher) for zero in range(4)),
         tokens=taken.tokens,
-        flops=flops,
-        flops_from_pixels=flops + encode_flops,
-        samples=samples,
-        hours=_hours(samples * flops, train.num_workers, assumptions),
-        hours_from_pixels=_hours(
-            samples * (flops + encode_flops), train.num_workers, assumptions
-        ),
-        measured_utilisation=_measured(history, span, flops, train.num_workers, assumptions),
+        flops=taken.flops - (1 - taught) * taken.teacher_flops,
+        first_step=first_step,
+        steps=steps,
+        samples=steps * train.batch_size,
     )
-
-
-def plan_memory(
-    parts: Sequence[PartCount], train: TrainConfig, zero: int, footprint: Footprint, teacher: int
-) -> Memory:
-    """Return the bytes on each GPU under a stage of ZeRO.
-
-    Args:
-        parts: parameters, and whether they train.
-        train: workers, precision and offload.
-        zero: the stage.
-        footprint: of the longest samples that a worker takes at a time.
-        teacher: bytes of its snapshot.
-    """
-    width = int(getattr(torch, train.precision).itemsize)
-    everything = sum(part.parameters for part in parts)
-    trained = sum(part.parameters for part in parts if part.trainable)
-
-    def share(value: int, since: int) -> int:
-        return -(-value // train.num_workers) if zero >= since else value
-
-    # Without ZeRO float32 weights are their own masters; ZeRO copies its part of them all the same.
-    masters = 4 if width < 4 or zero else 0
-    optimizer = share((masters + 8) * trained, 1)
-    buffers = REDUCE_BUCKET if zero else 0
-    if zero == 3:
-        buffers += min(everything, LIVE_PARAMETERS)
-    return Memory(
-        zero=zero,
-        weights=share(width * everything, 3),
-        gradients=share(width * trained, 2),
-        optimizer=0 if zero and train.zero.offload == "cpu" else optimizer,
-        teacher=teacher,
-        buffers=width * buffers,
-        activations=footprint.activations,
-        logits=footprint.logits,
-        features=footprint.features,
-        step=share(4 * trained, 1),
-    )
-
-
-def _hours(flops: float, workers: int, assumptions: Assumptions) -> float:
-    rate = workers * assumptions.tflops * 1e12 * assumptions.utilisation
-    return flops / rate / 3600
-
-
-def _measured(
-    history: History | None, span: range, flops: float, workers: int, assumptions: Assumptions
-) -> float | None:
-    """Return the share of the GPUs' peak that the last run reached in a stage."""
-    rates = [
-        rate
-        for step, rate in (history or {}).get("samples_per_second", ())
-        if span.start < step <= span.stop
-    ]
-    if not rates:
-        return None
-    return sum(rates) / len(rates) * flops / (workers * assumptions.tflops * 1e12)

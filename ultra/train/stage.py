@@ -126,9 +126,7 @@ def _build_model(config: PipelineConfig, start: Checkpoint | None) -> LlavaUltra
     return checkpoint.load_model(start.uri)
 
 
-def build_teaching(
-    config: PipelineConfig, model: LlavaUltra, start: Checkpoint | None
-) -> Teaching:
+def build_teaching(config: PipelineConfig, model: LlavaUltra, start: Checkpoint | None) -> Teaching:
     """Return what teaches a model's feature score, with the snapshot of `start` if it has one."""
     selection = config.model.selection
     kind = selection.teacher if model.strategy.scored else "none"
