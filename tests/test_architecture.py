@@ -274,6 +274,9 @@ def check_job(module: str, args: list[str]) -> None:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
         importlib.import_module(module)._parse(args)
         return
+    if module == "ultra":
+        assert isinstance(importlib.import_module("ultra.__main__")._parse(args), tuple)
+        return
     assert module.removeprefix("ray_jobs.") in JOBS, module
     if module in {"ray_jobs.demo", "ray_jobs.demo_server"}:
         parsed = importlib.import_module(module)._parse(args)

@@ -18,7 +18,14 @@ from mlflow import MlflowClient
 
 from tests.conftest import free_port, wait_until_up
 from ultra.config import ConfigError, PipelineConfig, load
-from ultra.tracking import NullTracker, Tracker, open_run, read_history, resume_tracker
+from ultra.tracking import (
+    NullTracker,
+    Tracker,
+    find_history,
+    open_run,
+    read_history,
+    resume_tracker,
+)
 
 
 @pytest.fixture(scope="module")
@@ -166,4 +173,17 @@ def test_a_database_file_in_an_object_store_is_refused(
     with pytest.raises(ConfigError) as refused, open_run(config, "train"):
         pass
     assert str(refused.value).startswith("tracking.uri: a database file cannot stand at s3://buc")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "uri", ["", "sqlite:///nowhere/mlflow.db", "sqlite:///s3://bucket/mlflow.db", "{server}"]
+)
+def test_a_history_that_is_nowhere_is_empty_and_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    nobody = f"http://127.0.0.1:{free_port()}"
+    config = load("tiny", [f"tracking.uri={uri.format(server=nobody)}"])
+    assert find_history(config, "train") == {}
     assert list(tmp_path.iterdir()) == []

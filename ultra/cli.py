@@ -28,15 +28,16 @@ def run_job(
         flags: further options of the job, each short for one `--set`.
     """
     config = config_from_args(description, argv, flags)
+    explain_errors(lambda: job(config))
+
+
+def explain_errors(run: Callable[[], None]) -> None:
+    """Run something; what the user can put right ends the process with one line and status 2."""
     try:
-        job(config)
+        run()
     except InputError as error:
-        sys.exit(_fail(error))
-
-
-def _fail(error: InputError) -> int:
-    sys.stderr.write(f"{' '.join(str(error).split())}\n")
-    return 2
+        sys.stderr.write(f"{' '.join(str(error).split())}\n")
+        sys.exit(2)
 
 
 def config_from_args(
@@ -48,6 +49,14 @@ def config_from_args(
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_config_arguments(parser, flags)
+    return read_config(parser, parser.parse_args(argv))
+
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser, flags: Mapping[str, str] | None = None
+) -> None:
+    """Add what names a configuration; `flags` are as those of `run_job`."""
     parser.add_argument(
         "--config",
         default="tiny",
@@ -71,7 +80,15 @@ def config_from_args(
             help=f"short for --set {override}",
         )
     parser.add_argument("--print", action="store_true", help="print the whole tree and stop")
-    args = parser.parse_args(argv)
+
+
+def read_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> PipelineConfig:
+    """Return the configuration that parsed arguments name; exit after `--print` or a wrong value.
+
+    Args:
+        parser: what parsed them, with `add_config_arguments`.
+        args: the arguments.
+    """
     try:
         config = load(args.config, args.overrides)
         refuse_lost_output(config.root)

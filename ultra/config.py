@@ -168,6 +168,9 @@ class EncoderConfig(Section):
     """clip, dinov2 or sam; see ENCODERS in `ultra/model/encoders.py`."""
     weights: str
     """A transformers directory (clip, dinov2), or a `.pth` or `.safetensors` file (sam)."""
+    architecture: str = ""
+    """What the weights are, for a plan where they are not at hand: a JSON file, or a name of
+    `ultra/presets/architectures/`."""
     width: Positive
     """Channels of a visual token as this encoder gives it, after pooling to the grid."""
     layer: int = -2
@@ -197,6 +200,11 @@ class FusionConfig(Section):
     """Projectors and the weight between two encoders (Eq. 2)."""
 
     projector: Literal["linear", "mlp"] = "linear"
+    weights: str = ""
+    """Where the projector starts: a folder or a file as LLaVA or LLaVA-Med publish them."""
+    normalise: bool = True
+    """Whether features are layer-normed before a projector; LLaVA's and LLaVA-Med's read them as
+    they are."""
     alpha: Fraction = 0.5
     """Start of the first encoder's weight; it is trained where a stage names `alpha`."""
 
@@ -235,7 +243,9 @@ class LanguageConfig(Section):
     """The causal language model."""
 
     weights: str
-    """A transformers directory, or a `.gguf` file."""
+    """A transformers directory, LLaVA's and LLaVA-Med's among them, or a `.gguf` file."""
+    architecture: str = ""
+    """As that of an encoder; the JSON is a transformers `config.json`."""
     template: Literal["plain", "vicuna", "llama2", "chatml"] = "plain"
     max_length: Positive = 2048
     """Longest prompt and answer together, visual tokens included."""
@@ -312,7 +322,8 @@ class TrainConfig(Section):
     output_uri: str = "{root}/train"
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     start_from: str = ""
-    """A checkpoint whose weights the first stage starts with."""
+    """A checkpoint of ultra whose weights the first stage starts with. Those that LLaVA publishes
+    go into `model.language.weights` and `model.fusion.weights`."""
     features: Literal["auto", "require", "pixels"] = "auto"
     """auto: the feature cache when it holds every exam, pixels otherwise."""
     num_workers: Positive = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -173,6 +174,25 @@ def read_history(config: PipelineConfig, job: str) -> dict[str, list[tuple[int, 
         for run in runs
         for name in sorted(run.data.metrics)
     }
+
+
+def find_history(config: PipelineConfig, job: str) -> dict[str, list[tuple[int, float]]]:
+    """Return `read_history`; empty too where there is no database and no server answers."""
+    parts = urlsplit(config.tracking.uri)
+    if parts.scheme == "sqlite" and not Path(parts.path.removeprefix("/")).exists():
+        return {}
+    if parts.scheme in {"http", "https"} and not _listens(parts.hostname, parts.port):
+        return {}
+    return read_history(config, job)
+
+
+def _listens(host: str | None, port: int | None) -> bool:
+    # MLflow itself asks again for minutes.
+    try:
+        socket.create_connection((host or "", port or 443), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def _client(config: TrackingConfig) -> MlflowClient:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ultra import storage
 from ultra.config import ConfigError, LanguageConfig
+from ultra.model import llava
 from ultra.model.packing import plan_packing
 from ultra.model.pretrained import first_line, load_pretrained, split_gguf
 from ultra.types import IGNORED
@@ -27,15 +28,22 @@ class LanguageBranch(nn.Module):
         config: weights, type and LoRA.
         weights: a local transformers directory to read instead of `config.weights`.
         adapter: a local PEFT directory whose LoRA weights to load; None starts a fresh LoRA.
+        opened: a model and its tokenizer, where they are open already; nothing is read then.
     """
 
     def __init__(
-        self, config: LanguageConfig, weights: Path | None = None, adapter: Path | None = None
+        self,
+        config: LanguageConfig,
+        weights: Path | None = None,
+        adapter: Path | None = None,
+        opened: tuple[Any, Any] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        path = weights or storage.fetch(config.weights)
-        base, self.tokenizer = load_language_model(path, getattr(torch, config.dtype))
+        if opened is None:
+            path = weights or storage.fetch(config.weights)
+            opened = load_language_model(path, getattr(torch, config.dtype))
+        base, self.tokenizer = opened
         self.width = int(base.config.get_text_config().hidden_size)
         base.requires_grad_(False)
         self.model: Any = base if config.lora is None else _add_lora(base, config, adapter)
@@ -49,6 +57,12 @@ class LanguageBranch(nn.Module):
     def embedding(self) -> Any:
         """The input embedding."""
         return self.base.get_input_embeddings()
+
+    @property
+    def embedding_std(self) -> float:
+        """Standard deviation of the input embedding; where it has no values, a fresh LLaMA's."""
+        weight = self.embedding.weight
+        return 0.02 if weight.is_meta else float(weight.float().std())
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -88,6 +102,8 @@ def load_language_model(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM
 
+    if llava.is_llava(path):
+        return llava.load_language(path, dtype), load_tokenizer(path)
     return load_pretrained(AutoModelForCausalLM, path, dtype), load_tokenizer(path)
 
 

@@ -37,8 +37,7 @@ class LlavaUltra(nn.Module):
         super().__init__()
         self.config = config
         self.strategy = find_strategy(config)
-        std = float(language.embedding.weight.float().std())
-        self.fusion = Fusion(config.vision, config.fusion, language.width, std)
+        self.fusion = Fusion(config.vision, config.fusion, language.width, language.embedding_std)
         self.scorer = FrameScorer(language.width, config.selection.pool)
         self.language = language
 

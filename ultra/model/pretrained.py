@@ -12,28 +12,43 @@ from ultra.config import ConfigError
 
 
 def load_pretrained(kind: Any, path: Path, dtype: torch.dtype) -> Any:
-    """Return the model of a transformers directory or a `.gguf` file.
+    """Return the model of a transformers directory or a `.gguf` file, as `load_with_report`."""
+    return load_with_report(kind, path, dtype)[0]
+
+
+def load_with_report(
+    kind: Any, path: Path, dtype: torch.dtype, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Return the model of a transformers directory or a `.gguf` file, and how loading went.
 
     Args:
         kind: the transformers class that reads it.
         path: local directory or file.
         dtype: of the parameters.
+        options: further arguments of `from_pretrained`.
 
     Raises:
-        ConfigError: when it cannot be read, or lacks weights, which transformers would make up.
+        ConfigError: when it cannot be read, or a tensor has another shape or is missing, which
+            transformers would make up.
     """
     folder, extra = split_gguf(path)
+    # Of other shapes transformers itself says which, but to the log.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **extra}
     try:
-        model, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **extra)
+        model, info = kind.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{path}: not a model to read: {first_line(error)}") from error
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise ConfigError(
+            f"{path}: {name} is {tuple(found)}, its {type(model).__name__} has {tuple(wanted)}"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(
             f"{path}: no {type(model).__name__}, {len(missing)} of its weights are missing, "
             f"e.g. {missing[0]}"
         )
-    return model
+    return model, info
 
 
 def split_gguf(path: Path) -> tuple[Path, dict[str, str]]:

@@ -43,7 +43,7 @@ class SamEncoder(VisionEncoder):
         super().__init__(config, grid)
         path = storage.fetch(config.weights)
         try:
-            self.model: Any = build_sam_encoder(_read_sam_weights(path))
+            self.model: Any = build_sam_encoder(read_sam_weights(path))
         except ValueError as error:
             raise ConfigError(f"encoder {config.name}: {config.weights}: {error}") from None
         fuse_attention(self.model)
@@ -70,15 +70,37 @@ class SamEncoder(VisionEncoder):
 
 
 def build_sam_encoder(state: Mapping[str, Tensor]) -> Any:
-    """Return segment-anything's image encoder of the size the weights have.
-
-    Every argument of the encoder is read off the shapes, so any SAM loads, not only B, L and H.
+    """Return segment-anything's image encoder with the weights, of the size they have.
 
     Raises:
         ValueError: when the tensors are not those of a SAM image encoder.
     """
+    encoder = make_sam_encoder(**read_sam_size(state))
+    try:
+        encoder.load_state_dict(dict(state))
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(f"not the weights of a SAM image encoder: {detail}") from None
+    return encoder
+
+
+def make_sam_encoder(**size: Any) -> Any:
+    """Return segment-anything's image encoder of a size, with fresh weights."""
     from segment_anything.modeling import ImageEncoderViT
 
+    return ImageEncoderViT(
+        norm_layer=lambda width: nn.LayerNorm(width, eps=1e-6), use_rel_pos=True, **size
+    )
+
+
+def read_sam_size(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of `make_sam_encoder` that fit weights.
+
+    They are read off the shapes, so any SAM loads, not only B, L and H.
+
+    Raises:
+        ValueError: when the tensors are not those of a SAM image encoder.
+    """
     try:
         patch = state["patch_embed.proj.weight"]
         depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
@@ -90,29 +112,26 @@ def build_sam_encoder(state: Mapping[str, Tensor]) -> Any:
     except KeyError as error:
         raise ValueError(f"not the weights of a SAM image encoder: no {error}") from None
     width, channels, patch_size = patch.shape[0], patch.shape[1], patch.shape[2]
-    encoder = ImageEncoderViT(
-        img_size=grid * patch_size,
-        patch_size=patch_size,
-        in_chans=channels,
-        embed_dim=width,
-        depth=depth,
-        num_heads=width // head_dim,
-        mlp_ratio=mlp_width / width,
-        out_chans=out_chans,
-        norm_layer=lambda size: nn.LayerNorm(size, eps=1e-6),
-        use_rel_pos=True,
-        window_size=next((span for span in spans if span != grid), 0),
-        global_attn_indexes=tuple(i for i, span in enumerate(spans) if span == grid),
-    )
-    try:
-        encoder.load_state_dict(dict(state))
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())
-        raise ValueError(f"not the weights of a SAM image encoder: {detail}") from None
-    return encoder
+    return {
+        "img_size": grid * patch_size,
+        "patch_size": patch_size,
+        "in_chans": channels,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": width // head_dim,
+        "mlp_ratio": mlp_width / width,
+        "out_chans": out_chans,
+        "window_size": next((span for span in spans if span != grid), 0),
+        "global_attn_indexes": tuple(i for i, span in enumerate(spans) if span == grid),
+    }
 
 
-def _read_sam_weights(path: Path) -> dict[str, Tensor]:
+def read_sam_weights(path: Path) -> dict[str, Tensor]:
+    """Return the image encoder's tensors of a `.pth` or `.safetensors` file.
+
+    Raises:
+        ValueError: when there are none to read.
+    """
     state: Any
     try:
         if path.suffix == ".safetensors":

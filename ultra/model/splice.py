@@ -19,7 +19,7 @@ def splice(embedding: nn.Module, ids_BS: Tensor, visual_VD: Tensor) -> Tensor:
         ValueError: when places and visual tokens differ in number.
     """
     places_BS = ids_BS == VISUAL
-    num_places = int(places_BS.sum())
+    num_places = len(visual_VD) if ids_BS.is_meta else int(places_BS.sum())  # no values, no count
     if num_places != len(visual_VD):
         raise ValueError(f"{len(visual_VD)} visual tokens for {num_places} places")
     text_BSD: Tensor = embedding(ids_BS.masked_fill(places_BS, 0))

@@ -22,9 +22,12 @@ GELU_POWER = 0.425
 class Fusion(nn.Module):
     """H_v = alpha * P1(LN(F1)) + (1 - alpha) * P2(LN(F2)); with one encoder, P1(LN(F1)).
 
+    LN has no weights. Without `config.normalise` it is left out, which makes one encoder and its
+    projector what LLaVA computes.
+
     Args:
         vision: names and widths of the encoders, in the order of the equation.
-        config: kind of projector and start of alpha.
+        config: kind of projector, normalisation and start of alpha.
         width: D.
         embedding_std: standard deviation of the language model's token embeddings, which the
             visual tokens start with.
@@ -34,6 +37,7 @@ class Fusion(nn.Module):
         self, vision: VisionConfig, config: FusionConfig, width: int, embedding_std: float = 0.02
     ) -> None:
         super().__init__()
+        self.normalise = config.normalise
         self.projectors = nn.ModuleDict(
             {
                 encoder.name: _build_projector(
@@ -60,7 +64,8 @@ class Fusion(nn.Module):
         projected: dict[str, Tensor] = {}
         for name, projector in self.projectors.items():
             raw = features[name].to(next(projector.parameters()).dtype)
-            projected[name] = projector(functional.layer_norm(raw, raw.shape[-1:]))
+            read = functional.layer_norm(raw, raw.shape[-1:]) if self.normalise else raw
+            projected[name] = projector(read)
         return projected
 
 

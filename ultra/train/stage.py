@@ -14,6 +14,7 @@ from ultra.config import PipelineConfig, StageConfig
 from ultra.model import checkpoint
 from ultra.model.checkpoint import Checkpoint, Progress
 from ultra.model.language import LanguageBranch
+from ultra.model.llava import start_projector
 from ultra.model.llava_ultra import LlavaUltra
 from ultra.model.teacher import AttentionTeacher
 from ultra.model.trainable import count_parts
@@ -58,7 +59,7 @@ def begin_stage(
     train, stage = config.train, config.train.stages[progress.stage]
     torch.manual_seed(train.seed)
     model = _build_model(config, start)
-    teaching = _build_teaching(config, model, start)
+    teaching = build_teaching(config, model, start)
     engine = ZeroEngine(model, train, stage)
     if teaching.teacher is not None:
         teaching.teacher.to(engine.device)
@@ -118,13 +119,15 @@ def describe_parts(run: StageRun) -> str:
 
 def _build_model(config: PipelineConfig, start: Checkpoint | None) -> LlavaUltra:
     if start is None:
-        return LlavaUltra(config.model, LanguageBranch(config.model.language))
+        model = LlavaUltra(config.model, LanguageBranch(config.model.language))
+        if config.model.fusion.weights:
+            start_projector(model.fusion, config.model.fusion.weights)
+        return model
     return checkpoint.load_model(start.uri)
 
 
-def _build_teaching(
-    config: PipelineConfig, model: LlavaUltra, start: Checkpoint | None
-) -> Teaching:
+def build_teaching(config: PipelineConfig, model: LlavaUltra, start: Checkpoint | None) -> Teaching:
+    """Return what teaches a model's feature score, with the snapshot of `start` if it has one."""
     selection = config.model.selection
     kind = selection.teacher if model.strategy.scored else "none"
     if selection.redundancy_weight == 0:
