@@ -20,10 +20,7 @@ from pydantic import AliasChoices, Field
 from ultra.config import DataConfig
 from ultra.data.importers.dialogue import Paths
 from ultra.data.importers.entry import ExamEntry, Name, Row, Text, parse, to_entries
-from ultra.data.importers.records import Record, is_object, read_records
-from ultra.types import Split
-
-_SPLITS: dict[str, Split] = {"val": "validation", "valid": "validation"}
+from ultra.data.importers.records import Record, is_object, read_records, split_in_name
 
 
 class ReportRow(Row):
@@ -55,5 +52,5 @@ def _entry(record: Record) -> ExamEntry:
         findings=row.finding,
         diagnosis=row.diagnosis,
         frames=row.image_path,
-        split=_SPLITS.get(row.split or "", row.split),  # type: ignore[arg-type]
+        split=split_in_name(row.split or ""),
     )
