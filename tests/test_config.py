@@ -119,6 +119,10 @@ def test_a_wrong_value_is_named_with_what_is_allowed(override: str, path: str, d
             "train.stages.0.trainable: alpha weighs two encoders, model.vision.encoders names one",
         ),
         (
+            ["encode.num_replicas=3", "encode.max_replicas=2"],
+            "encode: max_replicas 2 is less than num_replicas 3",
+        ),
+        (
             ["evaluate.suites=[strict, strict]"],
             "evaluate: suites must differ, got ['strict', 'strict']",
         ),

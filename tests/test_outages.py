@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import ray
 
+from tests.conftest import ROOT
 from tests.seaweedfs import SeaweedFS
 from ultra import storage
 from ultra.config import PipelineConfig, load
@@ -174,6 +178,29 @@ def test_encode_with_a_worker_killed(
     files = digests(cache_of(config))
     assert files == digests(cache_of(undisturbed))
     assert (counts.cached, counts.written) == (0, len(files))
+
+
+def test_encode_with_the_driver_killed(
+    undisturbed: PipelineConfig, s3_bucket: str, tmp_path: Path
+) -> None:
+    data = undisturbed.data.model_copy(update={"features_uri": f"{s3_bucket}/driver-killed"})
+    config = undisturbed.model_copy(update={"data": data})
+    (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    command = [sys.executable, "-m", "ray_jobs.encode", "--config", f"{tmp_path}/config.yaml"]
+    address = ray.get_runtime_context().gcs_address
+    expected = digests(cache_of(undisturbed))
+    with (tmp_path / "log").open("wb") as log:
+        environment = {**os.environ, "RAY_ADDRESS": address}
+        job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        with interrupted(lambda: len(storage.list_files(cache_of(config))) >= 3, job.kill):
+            job.wait(timeout=600)
+    assert job.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    left = digests(cache_of(config))
+    assert left.items() <= expected.items()  # whole files only
+    counts = fill_cache(config)
+    assert counts.cached >= len(left)
+    assert counts.cached + counts.written == len(expected)
+    assert digests(cache_of(config)) == expected
 
 
 def test_train(on_s3: PipelineConfig, s3_server: SeaweedFS) -> None:

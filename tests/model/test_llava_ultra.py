@@ -359,7 +359,7 @@ def test_other_strategies_show_their_frames(make_model, encoders, strategy) -> N
     elif strategy == "composite":
         file = io.BytesIO()
         compose(GROUPS[0]).save(file, "PNG")
-        picture = encoders([file.getvalue()])
+        (picture,) = encoders([[file.getvalue()]])
         (expected,) = model.fusion({n: torch.from_numpy(f) for n, f in picture.items()})
         assert seen.chosen == 0
         assert len(set(seen.scores_K)) == 1  # all frames are in the one picture

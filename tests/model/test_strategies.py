@@ -173,7 +173,7 @@ def run_through(model: LlavaUltra, folder) -> list[int]:
         assert 0 <= visual.chosen < len(frames)
         assert len(visual.tokens_TD) == num_visual_tokens(model.config, len(frames))
         # From the features of the cache, with the model that was written.
-        cached = FrozenEncoders(model.config)(frames)
+        cached = FrozenEncoders(model.config)([frames])[0]
         features = {name: torch.from_numpy(array)[None] for name, array in cached.items()}
         again = trained.choose(features, frames)
         assert again.chosen == visual.chosen

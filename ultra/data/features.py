@@ -62,7 +62,7 @@ class EncodeCounts:
         written: files that it wrote.
         frames: described by those.
         bytes: size of those.
-        seconds: that the job took; its encoders start in them, too.
+        seconds: from the first frame to the last; what the encoders took to start comes before.
     """
 
     cached: int

@@ -89,17 +89,17 @@ Report = Callable[[Hashable, Mapping[str, int]], None]
 def show_progress(name: str, total: int) -> Iterator[Report]:
     """Print a line now and then; yield what tasks on any node report with.
 
-    A task that runs again reports under its key again, so nothing counts twice.
+    A task that runs again reports under its key again, so nothing counts twice. Time counts from
+    the first report, which may be of nothing done yet: what workers take to start is no rate.
     """
     board: Any = ray.remote(num_cpus=0)(_Board).remote()
     stopped = threading.Event()
-    started_s = time.monotonic()
 
     def show() -> None:
         while not stopped.wait(EVERY_S):
-            done = ray.get(board.total.remote())
+            done, elapsed_s = ray.get(board.total.remote())
             if done:
-                print(describe_progress(name, total, done, time.monotonic() - started_s))
+                print(describe_progress(name, total, done, elapsed_s))
 
     def report(key: Hashable, done: Mapping[str, int]) -> None:
         board.set.remote(key, dict(done))
@@ -116,16 +116,18 @@ def show_progress(name: str, total: int) -> Iterator[Report]:
 class _Board:
     def __init__(self) -> None:
         self.done: dict[Hashable, dict[str, int]] = {}
+        self.since_s = 0.0
 
     def set(self, key: Hashable, done: dict[str, int]) -> None:
+        self.since_s = self.since_s or time.monotonic()
         self.done[key] = done
 
-    def total(self) -> dict[str, int]:
+    def total(self) -> tuple[dict[str, int], float]:
         totals: dict[str, int] = {}
         for done in self.done.values():
             for name, count in done.items():
                 totals[name] = totals.get(name, 0) + count
-        return totals
+        return totals, time.monotonic() - self.since_s
 
 
 def export(config: DataConfig) -> tuple[ExportCounts, list[str]]:

@@ -33,7 +33,6 @@ def encode(
     Raises:
         StorageError: when there is no complete table of exams.
     """
-    begun_s = time.monotonic()
     pieces = list_pieces(config.exams_uri, cache_uri)
     missing = without_features(pieces, cache_uri)
     cached = len({piece.features_uri for piece in pieces}) - len(missing)
@@ -49,21 +48,24 @@ def encode(
             num_gpus=resources.gpus_per_replica,
         ).take_all()
     frames, size = (sum(file[name] for file in written) for name in ("frames", "bytes"))
-    return EncodeCounts(cached, len(written), frames, size, time.monotonic() - begun_s)
+    seconds = max(file["ended_s"] for file in written) - min(file["begun_s"] for file in written)
+    return EncodeCounts(cached, len(written), frames, size, seconds)
 
 
 class _EncodePiece:
     def __init__(self, build: Callable[[], Encode], report: Report) -> None:
         self.encode = build()
         self.report = report
+        report("ready", {"row groups": 0})
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        begun_s = time.time()
         piece = Piece(**row)
         written = asdict(
             write_features(piece.part_uri, piece.row_group, piece.features_uri, self.encode)
         )
         self.report(piece.features_uri, {"row groups": 1, **written})
-        return written
+        return {**written, "begun_s": begun_s, "ended_s": time.time()}
 
 
 def _pool(resources: EncodeConfig, num_tasks: int) -> ray.data.ActorPoolStrategy:
