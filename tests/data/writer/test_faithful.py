@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from ultra.data.instructions import write_conversations
 from ultra.data.writer.faithful import find_mistranslated, find_unstated
 from ultra.types import FrameGroup, Turn
 
@@ -30,7 +31,57 @@ NORMAL = report(
     "肝胆", "肝脏大小正常，回声均匀，未见占位。胆囊未见明显异常。", "肝胆未见明显异常。"
 )
 
+ABDOMEN = report(
+    "肝胆胰脾",
+    "肝脏形态大小正常，包膜光整，实质回声均匀，门静脉内径约11mm。肝右叶可见一大小约23×19mm的高回声团，"
+    "边界清，其内未见明显血流信号。胆囊壁厚约3mm，囊内可见多个强回声团，较大者约8mm，后伴声影。"
+    "胆总管内径约5mm，其内未见结石。胰腺形态正常，脾脏厚约35mm，未见异常。",
+    "1.肝右叶高回声结节，考虑血管瘤可能性大；2.胆囊多发结石；3.胰脾未见明显异常。",
+)
+THYROID = report(
+    "甲状腺",
+    "左叶中部可见一低回声结节，大小约6.2×5.1mm，边界不清，形态不规则。右叶可见数个无回声结节，"
+    "较大者约4×3mm，边界清。双侧颈部未见明显肿大淋巴结。",
+    "甲状腺左叶结节，TI-RADS 4b类，不除外恶性；甲状腺右叶囊性结节，TI-RADS 2类。",
+)
+PELVIS = report(
+    "妇科",
+    "子宫前位，大小约52×45×40mm，肌层回声欠均匀，后壁可见一低回声结节，大小约18×16mm，边界清。"
+    "左侧卵巢内可见一无回声区，大小约35×28mm，壁薄。右侧卵巢未见异常。盆腔可见游离液性暗区，深约12mm。",
+    "子宫肌瘤；左侧卵巢囊肿，建议复查；盆腔少量积液。",
+)
+HEART = report(
+    "心脏",
+    "左房前后径38mm，左室舒张末内径52mm。室间隔厚约11mm。二尖瓣前叶轻度增厚，收缩期轻度反流。"
+    "主动脉瓣未见反流。左室射血分数62%。",
+    "左房扩大；二尖瓣轻度反流；左室收缩功能正常。",
+)
+FATTY = report(
+    "肝脏",
+    "肝脏体积增大，实质回声增强、细密，后方回声衰减，肝内管道结构显示欠清。未见占位。",
+    "脂肪肝。",
+)
+
+
+@pytest.mark.parametrize(
+    "group", [CYST, NODULE, KIDNEYS, NORMAL, ABDOMEN, THYROID, PELVIS, HEART, FATTY]
+)
+def test_what_the_rules_write_is_always_faithful(group):
+    for seed in range(5):
+        for conversation in write_conversations(group, seed):
+            assert find_unstated(conversation.turns, group) == "", conversation
+
+
 FAITHFUL = [
+    (ABDOMEN, "胆囊里是什么？", "多发结石，较大者约8mm。"),
+    (ABDOMEN, "胆总管有结石吗？", "未见结石。"),
+    (ABDOMEN, "门静脉内径多少？", "约11mm"),
+    (ABDOMEN, "肝脏的结节考虑什么？", "血管瘤可能性大。"),
+    (THYROID, "哪一侧的结节更可疑？", "左叶结节，TI-RADS 4b类，不除外恶性。"),
+    (PELVIS, "右侧卵巢如何？", "右侧卵巢未见异常。"),
+    (PELVIS, "子宫有什么病变？", "子宫肌瘤，大小约1.8×1.6cm。"),
+    (HEART, "射血分数是多少？", "62%"),
+    (HEART, "二尖瓣有反流吗？", "有，为轻度反流。"),
     (CYST, "病变是什么？", "囊肿"),
     (CYST, "病变是什么？", "这是一个囊肿，位于肝右叶。"),
     (CYST, "病变有多大？", "12mm"),
@@ -71,6 +122,18 @@ def test_what_the_report_says_may_be_said(group, question, answer):
 
 
 UNFAITHFUL = [
+    (ABDOMEN, "胆总管有结石吗？", "有", "site: 胆总管 结石"),
+    (ABDOMEN, "胆囊结石有多大？", "约11mm", "site: 胆囊 11mm"),
+    (ABDOMEN, "肝脏的结节多大？", "8mm", "site: 肝 8mm"),
+    (ABDOMEN, "肝脏的结节考虑什么？", "血管瘤。", "negation: 血管瘤"),
+    (THYROID, "恶性的可能在哪侧？", "右叶不除外恶性。", "side: 右 恶性"),
+    (THYROID, "左叶结节分几类？", "TI-RADS 2类", "side: 左 TI-RADS 2"),
+    (THYROID, "左叶结节是什么回声？", "无回声", "side: 左 无回声"),
+    (PELVIS, "右侧卵巢如何？", "右侧卵巢囊肿。", "side: 右 囊肿"),
+    (PELVIS, "子宫有什么病变？", "子宫囊肿。", "site: 子宫 囊肿"),
+    (HEART, "射血分数是多少？", "65%", "number: 65%"),
+    (HEART, "是否有肺动脉高压？", "有肺动脉高压。", "site: 肺"),
+    (FATTY, "图像是否正常？", "是", "normal: 正常"),
     (CYST, "病变有多大？", "21mm", "number: 21mm"),
     (CYST, "病变有多大？", "12cm", "number: 120mm"),
     (CYST, "病变有多大？", "约12mm，一个月前为8mm。", "number: 8mm"),
@@ -92,7 +155,7 @@ UNFAITHFUL = [
     (CYST, "性质如何？", "未见恶性征象。", "malignancy: 恶性"),
     (CYST, "图像是否正常？", "是", "normal: 正常"),
     (CYST, "图像是否正常？", "未见异常。", "normal: 正常"),
-    (CYST, "诊断是什么？", "肾囊肿", "site: 肾"),
+    (CYST, "诊断是什么？", "肾囊肿", "site: 肾 囊肿"),
     (NODULE, "右叶有几个结节？", "一个结节", "number: 1个"),
     (NODULE, "有几个？", "3枚", "number: 3个"),
     (NODULE, "分类是什么？", "TI-RADS 4b类", "grade: TI-RADS 4B"),

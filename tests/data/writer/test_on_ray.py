@@ -127,6 +127,7 @@ def test_a_whole_run_and_another_one(tmp_path: Path) -> None:
     check_whole_run(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_an_object_store(s3_bucket: str) -> None:
     check_whole_run(f"{s3_bucket}/writer")
 
@@ -220,6 +221,7 @@ run_job(main, "job", sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_without_paying_twice(tmp_path: Path) -> None:
     import ray
 

@@ -11,7 +11,13 @@ from ultra.config import DataConfig, InstructionsConfig
 from ultra.data.instructions import write_conversations
 from ultra.data.writer.endpoint import read_reply
 from ultra.data.writer.faithful import find_mistranslated, find_unstated
-from ultra.data.writer.orders import is_chinese, place_order, read_translated, read_written
+from ultra.data.writer.orders import (
+    is_chinese,
+    is_english,
+    place_order,
+    read_translated,
+    read_written,
+)
 from ultra.data.writer.review import Decision
 from ultra.types import Conversation, FrameGroup
 
@@ -56,8 +62,9 @@ def write_drafts(
     if reply.finish_reason == "length":
         cut = f"malformed reply: cut at {config.max_tokens} tokens"
         return [*drafts, Draft(None, _report(group), cut, reply.content)], 0
-    read = _translated if config.writer == "translate" else _written
-    return [*drafts, *read(reply.content, group, data.site_cue)], 0
+    if config.writer == "translate":
+        return [*drafts, *_translated(reply.content, group)], 0
+    return [*drafts, *_written(reply.content, group, data.site_cue)], 0
 
 
 def _written(content: str, group: FrameGroup, site_cue: bool) -> Iterator[Draft]:
@@ -72,15 +79,18 @@ def _written(content: str, group: FrameGroup, site_cue: bool) -> Iterator[Draft]
         yield Draft(found, _report(group), reason)
 
 
-def _translated(content: str, group: FrameGroup, site_cue: bool) -> Iterator[Draft]:
+def _translated(content: str, group: FrameGroup) -> Iterator[Draft]:
     try:
         pairs = list(read_translated(content, group))
     except ValueError as error:
         yield Draft(None, _report(group), str(error), content)
         return
     for source, found in pairs:
-        texts = zip(source.turns, found.turns, strict=True)
-        reasons = (find_mistranslated(a.content, b.content) for a, b in texts)
+        reasons = (
+            find_mistranslated(turn.content, other.content)
+            for turn, other in zip(source.turns, found.turns, strict=True)
+            if is_english(turn.content)
+        )
         english = "\n".join(turn.content for turn in source.turns)
         yield Draft(found, english, next((r for r in reasons if r), ""))
 

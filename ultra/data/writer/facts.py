@@ -1,6 +1,7 @@
 """What a Chinese ultrasound text says, read by rule: facts, each with its polarity and its side.
 
-A text is read clause by clause. A side holds from where it is named until another one is.
+A text is read clause by clause. A side holds from where it is named until another side or another
+organ is.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ PATTERNS = {
         r"|模糊"
     ),
     "site": re.compile(
-        "[肝肾胰脾肺颈胆]|甲状腺|乳(?=腺|房|头)|(?<=[左右双侧])乳|子宫|卵巢|膀胱|前列腺|睾丸"
-        "|心(?=脏|[房室包肌])|阑尾|淋巴结|腮腺"
+        "胆囊|胆总管|胆管|肾上腺|[肝肾胰脾肺胆]|(?<![囊宫])颈|甲状腺|乳(?=腺|房)|(?<=[左右双侧])乳"
+        "|子宫|卵巢|膀胱|前列腺|睾丸"
+        "|心(?=脏|[房室包肌])|阑尾|淋巴结|腮腺|输尿管|盆腔|腹腔"
     ),
 }
 """Kind of fact -> how it is found. Besides these there are `number`, `normal` and `whole`."""
@@ -45,6 +47,8 @@ PATTERNS = {
 _CLAUSE = re.compile(r"[^,，。;；:：!！?？\n]+")
 _TURN = re.compile("但是?|然而|仅见|另见|而(?=可?见)")
 """Where a clause turns: what was denied before is not denied behind."""
+_TURNS_AWAY = re.compile(f"提示|其?余|{PATTERNS['site'].pattern}")
+"""How a clause begins that no longer speaks of the side before."""
 _SIDE = re.compile("左[、/和及与]?右(?:两侧)?|两[侧肾乳叶肺]|双(?![胎层重幅管峰腔])侧?|左|右")
 _ABOUT = re.compile(r"(?<=[\dm米个枚])左右")
 _POSSIBLE = re.compile("不(?:能|完全)*(?:除外|排除)|待(?:排|除外)|可能|疑似|可疑|性大")
@@ -77,29 +81,35 @@ class Fact:
         kind: `number`, `normal`, `whole` (normal or not, said of the whole exam) or of PATTERNS.
         value: in one form: lengths in mm, `边缘模糊` as 不清, a denied 异常 as 正常.
         sides: 左, 右 or both; empty where the text names none.
+        organ: which it is of, as PATTERNS["site"] finds it; empty where the text names none.
     """
 
     kind: str
     value: str
     polarity: Polarity = "stated"
     sides: Sides = NOWHERE
+    organ: str = ""
 
 
-def read_facts(text: str, sides: Sides = NOWHERE) -> list[Fact]:
-    """Return the facts of a text; `sides` is where it speaks of until it names a side."""
-    facts = []
+def read_facts(text: str, sides: Sides = NOWHERE, organ: str = "") -> list[Fact]:
+    """Return the facts of a text; `sides` and `organ` are what it speaks of until it names one."""
+    facts, first = [], (sides, organ)
     for clause in split_clauses(normalise(text)):
-        marks = list(_SIDE.finditer(clause))
+        if _TURNS_AWAY.match(clause):
+            sides, organ = first
+        marks, organs = list(_SIDE.finditer(clause)), read_organs(clause)
         for start, end, kind, value in _values(clause):
             near = [mark for mark in marks if mark.start() < start]
             here = read_sides(near[-1][0]) if near else sides
+            of = next((name for place, name in reversed(organs) if place < start), organ)
             if kind == "site":
                 facts.append(Fact(kind, value))
             elif kind == "number":
-                facts.append(Fact(kind, value, sides=here))
+                facts.append(Fact(kind, value, "stated", here, of))
             else:
-                facts.append(Fact(kind, value, _polarity(clause, start, end), here))
+                facts.append(Fact(kind, value, _polarity(clause, start, end), here, of))
         sides = read_sides(marks[-1][0]) if marks else sides
+        organ = organs[-1][1] if organs else organ
         facts += _states_of_health(clause, sides)
     return facts
 
@@ -121,6 +131,11 @@ def read_sides(text: str) -> Sides:
     for mark in _SIDE.findall(text):
         found |= {LEFT, RIGHT} if mark[0] in "双两" or len(mark) > 1 else {mark}
     return frozenset(found)
+
+
+def read_organs(clause: str) -> list[tuple[int, str]]:
+    """Return place and name of the organs of a clause."""
+    return [(match.start(), match[0]) for match in PATTERNS["site"].finditer(clause)]
 
 
 def read_numbers(clause: str) -> Iterator[tuple[int, int, str]]:

@@ -19,13 +19,13 @@ from ultra.data.writer.facts import (
     NORMAL,
     NOWHERE,
     ONE,
-    PATTERNS,
     RIGHT,
     Fact,
     Sides,
     normalise,
     read_facts,
     read_numbers,
+    read_organs,
     read_sides,
     split_clauses,
 )
@@ -84,8 +84,10 @@ def find_unstated(turns: Sequence[Turn], group: FrameGroup) -> str:
 def _claims(question: str, answer: str) -> list[Fact]:
     """Return the facts of an answer, and those that its question takes for granted."""
     named = read_sides(question)
-    facts = read_facts(answer, named if len(named) == 1 else NOWHERE)
-    if PATTERNS["site"].search(_last_clause(question)):  # asked of an organ, not of the whole exam
+    organs = read_organs(_last_clause(question))
+    organ = organs[0][1] if len(organs) == 1 else ""
+    facts = read_facts(answer, named if len(named) == 1 else NOWHERE, organ)
+    if organs:  # asked of them, not of the whole exam
         facts = [replace(f, kind="normal") if f.kind == "whole" else f for f in facts]
     if not _WHETHER.search(question) and "还是" not in question:
         facts += [fact for fact in read_facts(question) if fact.kind in PRESUPPOSED]
@@ -127,6 +129,9 @@ def _objection(fact: Fact, source: Sequence[Fact], normal: bool | None) -> str:
     )  # what is told of no side lies where the report saw something
     if where and fact.sides - where:
         return f"side: {_list(fact.sides - where)} {fact.value}"
+    organs = {f.organ for f in agreeing if f.organ and f.kind == fact.kind}
+    if fact.organ and organs and fact.organ not in organs:
+        return f"site: {fact.organ} {fact.value}"
     return ""
 
 
@@ -170,8 +175,15 @@ def _agrees(fact: Fact, other: Fact) -> bool:
 
 
 def _affirmed(fact: Fact, source: Sequence[Fact]) -> bool:
-    """Return whether the source states what is denied, on the same side or on none."""
-    return fact.kind == "lesion" and any(
+    """Return whether the source states what is denied, on the same side or on none.
+
+    Not where it denies it as well, of another organ: 胆囊结石，胆总管未见结石.
+    """
+    if fact.kind != "lesion" or replace(fact, sides=NOWHERE, organ="") in (
+        replace(f, sides=NOWHERE, organ="") for f in source
+    ):
+        return False
+    return any(
         f.value == fact.value
         and f.polarity == "stated"
         and (not f.sides or not fact.sides or bool(f.sides & fact.sides))
