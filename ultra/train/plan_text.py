@@ -29,8 +29,10 @@ def describe(plan: Plan, history: History) -> str:
             f"tokens of text, GPUs of {known.gpu_memory:g} GiB and {known.tflops:g} TFLOP/s, "
             f"{known.utilisation:.0%} of it used",
             f"memory is for micro-batches of {longest.samples}, of the longest samples: "
-            f"{longest.tokens:,} tokens and {longest.pictures} pictures",
-            "CUDA's own, about half a GiB, comes on top; without the feature cache, encoders of "
+            f"{longest.tokens:,} tokens, pictures {longest.pictures}",
+            "total is what is held, and the larger of what a pass keeps (activations, logits, "
+            "features) and the step's float32 gradients; CUDA's own, about half a GiB, comes on "
+            "top, and without the feature cache encoders of "
             f"{plan.encoder_bytes / 2**30:.2f} GiB and what they compute",
             *(line for stage in plan.stages for line in _describe_stage(plan, stage, history)),
             "",
