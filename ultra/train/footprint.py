@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ultra.config import EncoderConfig, VisionConfig
@@ -48,6 +48,8 @@ class Footprint:
     Attributes:
         tokens: that the language model reads in all rows.
         activations: bytes kept for the backward pass; neither parameters nor inputs.
+        partitioned_activations: the same under ZeRO-3, whose linear layers keep their inputs, those
+            of frozen ones too.
         logits: bytes of logits beside those kept: packed and unpacked in their own type, their
             float32 copy, and its gradient.
         features: bytes of the encoders' features that come in.
@@ -57,6 +59,7 @@ class Footprint:
 
     tokens: int
     activations: int
+    partitioned_activations: int
     logits: int
     features: int
     flops: int
@@ -74,7 +77,12 @@ def measure(model: LlavaUltra, teaching: Teaching, shape: Shape) -> Footprint:
     inputs = _inputs(model, shape)
     kept = _Kept(model, inputs["features"])
     logits: list[Tensor] = []
-    hook = model.language.register_forward_hook(lambda _m, _inputs, output: logits.append(output))
+    hooks = [model.language.register_forward_hook(lambda _m, _inputs, out: logits.append(out))]
+    hooks += [
+        module.register_forward_pre_hook(kept.add_input)
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ]
     model.train()
     with _every_value_counts(), _count() as counter:
         with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
@@ -82,14 +90,18 @@ def measure(model: LlavaUltra, teaching: Teaching, shape: Shape) -> Footprint:
         forward = counter.get_total_flops()
         loss.backward()
         both = counter.get_total_flops()
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     model.zero_grad(set_to_none=True)
     with _every_value_counts(), torch.no_grad(), _count() as counter:
         model(**teaching.extend(inputs, teaching.first))
     taught = counter.get_total_flops()
     return Footprint(
         tokens=logits[0].shape[:2].numel(),
-        activations=kept.bytes(),
+        activations=sum(storage.nbytes() for storage in kept.found.values()),
+        partitioned_activations=sum(
+            storage.nbytes() for storage in (kept.found | kept.inputs).values()
+        ),
         logits=logits[0].numel() * (2 * logits[0].element_size() + 4 + 4),
         features=sum(f.nbytes for f in inputs["features"].values()),
         flops=both + taught - forward,
@@ -157,17 +169,20 @@ class _Kept:
     def __init__(self, model: LlavaUltra, features: dict[str, Tensor]) -> None:
         own = [*model.parameters(), *model.buffers(), *features.values()]
         self.others = {_identity(tensor) for tensor in own}
+        # Held, so that no later storage has the identity of one of them.
         self.found: dict[int, torch.UntypedStorage] = {}
+        self.inputs: dict[int, torch.UntypedStorage] = {}
 
     def add(self, tensor: Tensor) -> Tensor:
-        identity = _identity(tensor)
-        if identity not in self.others:
-            # Held, so that no later storage has its identity.
-            self.found[identity] = tensor.untyped_storage()
+        if _identity(tensor) not in self.others:
+            self.found[_identity(tensor)] = tensor.untyped_storage()
         return tensor
 
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.found.values())
+    def add_input(self, module: nn.Linear, args: tuple[Tensor, ...]) -> None:
+        read = args[0]
+        differentiable = read.requires_grad or module.weight.requires_grad
+        if differentiable and _identity(read) not in self.others:
+            self.inputs[_identity(read)] = read.untyped_storage()
 
 
 def _identity(tensor: Tensor) -> int:

@@ -83,7 +83,7 @@ def plan_memory(
         optimizer=0 if zero and train.zero.offload == "cpu" else optimizer,
         teacher=teacher,
         buffers=width * buffers,
-        activations=footprint.activations,
+        activations=(footprint.partitioned_activations if zero == 3 else footprint.activations),
         logits=footprint.logits,
         features=footprint.features,
         step=share(4 * trained, 1),
