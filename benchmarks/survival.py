@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,7 +42,6 @@ from ultra.tracking import read_history
 STEPS, BATCH, WARMUP = 6, 8, 4
 """Steps of each of the two stages, exams of a step, and steps before the teacher is felt."""
 TIMEOUT_S = 300
-STOPPED = 128 + signal.SIGTERM
 
 BASE = (
     "data.simulator.num_patients=12",
@@ -58,7 +57,13 @@ BASE = (
     "train.explained_exams=0",
 )
 ALONE_ZERO_3 = ("train.num_workers=1", "train.zero.stage=3")
-WORKER, DATA, DRIVER = "RayTrainWorker", "SplitCoordinator", "driver"
+WORKER, DATA = "RayTrainWorker", "SplitCoordinator"
+"""Actors of Ray: who trains, and who hands out the exams."""
+
+
+Driver = subprocess.Popen[bytes]
+Strike = Callable[[Driver], bool]
+"""Hits a training that a driver runs; False where there was nothing to hit yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +72,12 @@ class Blow:
 
     Attributes:
         step: checkpoint, counted over both stages, at whose sight it happens.
-        victim: begins the title of a process of Ray; or the driver, or a node.
-        number: of the signal.
+        strike: does it.
         again: what is set when it is submitted again.
     """
 
     step: int
-    victim: str
-    number: int = signal.SIGKILL
+    strike: Strike
     again: tuple[str, ...] = ()
 
 
@@ -106,15 +109,15 @@ class Training:
                 raise RuntimeError(f"{self.name} does not end: {self.codes}\n{self.tail()}")
             driver = self._submit(again)
             while driver.poll() is None and left:
-                if self._stands(left[0].step):
-                    again = left[0].again or again
-                    self._strike(left.pop(0), driver)
+                if self._stands(left[0].step) and left[0].strike(driver):
+                    again = left.pop(0).again or again
+                    self.kills += 1
                 time.sleep(0.02)
             self.codes.append(driver.wait(TIMEOUT_S))
         if left:
             raise RuntimeError(f"{self.name} ended before {left}")
 
-    def _submit(self, again: Sequence[str]) -> subprocess.Popen[bytes]:
+    def _submit(self, again: Sequence[str]) -> Driver:
         path = self.root / f"{self.name}.yaml"
         path.write_text(self.config(*again).to_yaml())
         environment = {**os.environ, "RAY_ADDRESS": self.cluster.address}
@@ -131,31 +134,18 @@ class Training:
         index, inner = divmod(step - 1, STEPS)
         return any((self.root / self.name).glob(f"{index + 1}-*-{inner + 1:06d}/config.yaml"))
 
-    def _strike(self, blow: Blow, driver: subprocess.Popen[bytes]) -> None:
-        self.kills += 1
-        if blow.victim == DRIVER:
-            driver.send_signal(blow.number)
-            return
-        while driver.poll() is None:
-            if victims := processes(blow.victim):
-                if blow.victim == "node":
-                    return
-                victims[0].send_signal(blow.number)
-                return
-            time.sleep(0.05)
-
     def tail(self) -> str:
         """Return the end of its log."""
         return (self.root / f"{self.name}.log").read_text(errors="replace")[-4000:]
 
     def outcome(self, reference: Training | None = None) -> dict[str, Any]:
         """Return how it ended, and how far from the one that nobody touched."""
-        found = {
+        found: dict[str, Any] = {
             "submitted": len(self.codes), "kills": self.kills, "exit_codes": self.codes,
             "final_loss": self.final_loss(), **count_exams(self.root / self.name, self.num_exams()),
         }  # fmt: skip
         if reference is not None:
-            found["loss_difference"] = abs(found["final_loss"] - reference.final_loss())
+            found["loss_difference"] = abs(self.final_loss() - reference.final_loss())
             found["weight_difference"] = largest_difference(self.final(), reference.final())
         return found
 
@@ -173,6 +163,47 @@ class Training:
         step, loss = max(read_history(self.config(), "train")["loss"])
         assert step == 2 * STEPS, step
         return loss
+
+
+def hit(title: str, number: int = signal.SIGKILL) -> Strike:
+    """Return what sends a signal to the oldest process of an actor, wherever it runs."""
+
+    def strike(_driver: Driver) -> bool:
+        for process in processes(title)[:1]:
+            process.send_signal(number)
+            return True
+        return False
+
+    return strike
+
+
+def hit_driver(number: int = signal.SIGKILL) -> Strike:
+    """Return what sends a signal to the driver."""
+
+    def strike(driver: Driver) -> bool:
+        driver.send_signal(number)
+        return True
+
+    return strike
+
+
+def hit_node(cluster: Cluster) -> Strike:
+    """Return what kills a node on which a worker trains, with all its processes."""
+
+    def strike(_driver: Driver) -> bool:
+        for node in cluster.list_all_nodes()[1:]:
+            if any(p.ppid() == raylet_of(node) for p in processes(WORKER)):
+                cluster.remove_node(node, allow_graceful=False)
+                return True
+        return False
+
+    return strike
+
+
+def raylet_of(node: Any) -> int:
+    """Return the process id of a node's raylet, the parent of its workers."""
+    (raylet,) = node.all_processes["raylet"]
+    return int(raylet.process.pid)
 
 
 def processes(title: str) -> list[psutil.Process]:
@@ -258,11 +289,11 @@ def disturb(chance: random.Random, count: int) -> Mapping[str, Sequence[Blow]]:
     """Return name -> blows of every disturbed training on one node."""
     kill = partial(draw_steps, chance, count)
     return {
-        "worker": [Blow(step, WORKER) for step in kill()],
-        "data": [Blow(step, DATA) for step in kill()],
-        "driver": [Blow(step, DRIVER) for step in kill()],
+        "worker": [Blow(step, hit(WORKER)) for step in kill()],
+        "data": [Blow(step, hit(DATA)) for step in kill()],
+        "driver": [Blow(step, hit_driver()) for step in kill()],
         "elastic": [
-            Blow(step, DRIVER, again=again)
+            Blow(step, hit_driver(), again=again)
             for step, again in zip(
                 draw_steps(chance, 2),
                 (ALONE_ZERO_3, ("train.num_workers=2", "train.zero.stage=2")),
@@ -270,8 +301,12 @@ def disturb(chance: random.Random, count: int) -> Mapping[str, Sequence[Blow]]:
             )
         ],
         "preempted": [
-            Blow(step, victim, signal.SIGTERM)
-            for step, victim in zip(draw_steps(chance, 2), (WORKER, DRIVER), strict=True)
+            Blow(step, strike)
+            for step, strike in zip(
+                draw_steps(chance, 2),
+                (hit(WORKER, signal.SIGTERM), hit_driver(signal.SIGTERM)),
+                strict=True,
+            )
         ],
     }
 
@@ -281,22 +316,8 @@ def lose_node(root: Path, step: int) -> Training:
     with ray_nodes([2, 2, 2, 2]) as cluster:
         # A node has room for one worker; what is left on the head reads the data.
         training = Training(cluster, root, "node", ["train.cpus_per_worker=1.5"])
-        nodes = cluster.list_all_nodes()[1:]
-
-        def strike(_blow: Blow, _driver: subprocess.Popen[bytes]) -> None:
-            node = next(n for n in nodes if trains_on(n))
-            cluster.remove_node(node, allow_graceful=False)
-            training.kills += 1
-
-        training._strike = strike  # type: ignore[method-assign]
-        training.run([Blow(step, "node")])
+        training.run([Blow(step, hit_node(cluster))])
     return training
-
-
-def trains_on(node: Any) -> bool:
-    """Return whether a training worker runs on a node."""
-    raylet = next(p.process.pid for p in node.all_processes["raylet"])
-    return any(p.ppid() == raylet for p in processes(WORKER))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

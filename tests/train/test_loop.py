@@ -300,3 +300,37 @@ def test_pixels_and_features_are_the_same_inputs(random_config, model) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     encoded = encode_batch(collator(with_frames), encoders, cached["frame_mask_BK"])
     assert encoded["clip"].dtype == torch.float16
+
+
+def test_layers_computed_again_give_the_same_gradients_and_keep_less(model) -> None:
+    inputs = next(make_batches(model))
+    select_trainable(model, PARTS)
+    kept, gradients = [], []
+    for again in (False, True):
+        if again:
+            model.language.base.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor, lambda t: t
+        ):
+            loss = model(**inputs)["loss"]
+        loss.backward()
+        kept.append(sum(sizes))
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+    assert kept[1] < kept[0] / 2
+
+
+def test_a_report_may_end_the_stage(model) -> None:
+    taken = []
+    schedule = Schedule(0, 5, 1, lambda step: 0.1)
+
+    def report(step, metrics) -> bool:
+        taken.append(step)
+        return step == 2
+
+    run_stage(EagerEngine(model), make_batches(model), schedule, Teaching("none", 0), report)
+    assert taken == [1, 2]

@@ -170,6 +170,16 @@ def test_understanding_an_exam_after_every_step_changes_nothing(
             torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_gradient_checkpointing_leaves_the_losses_as_they_are(
+    runs: dict[int, Path], random_config: PipelineConfig, tmp_path: Path, zero: int
+) -> None:
+    settings = random_config.train.model_copy(update={"gradient_checkpointing": True})
+    config = random_config.model_copy(update={"train": settings})
+    train(config, tmp_path / "again", zero)
+    assert (losses_of(tmp_path / "again") - losses_of(runs[zero])).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_a_checkpoint_is_the_model_in_memory(
     runs: dict[int, Path], random_config: PipelineConfig, zero: int

@@ -173,10 +173,15 @@ def _save(run: StageRun, moment: Moment) -> None:
             checkpoint.amend(folder, run.config, moment.progress)
 
         def publish(_local: ray.train.Checkpoint, _name: str) -> ray.train.Checkpoint:
-            if moment.best:  # first, so that no checkpoint knows of a better one than there is
-                storage.publish(folder, storage.join(output, BEST), last)
+            # All of it before Ray takes note of the checkpoint: no run goes on from one that
+            # knows of a better or a final one which is not there.
             uri = storage.join(output, moment.name)
             storage.publish(folder, uri, last)
+            if moment.best:
+                storage.publish(folder, storage.join(output, BEST), last)
+            if moment.final:
+                checkpoint.amend(folder, run.config, None)
+                storage.publish(folder, storage.join(output, FINAL), last)
             filesystem, path = storage.resolve(uri)
             return ray.train.Checkpoint(path, filesystem)
 
@@ -186,9 +191,6 @@ def _save(run: StageRun, moment: Moment) -> None:
             checkpoint_dir_name=moment.name,
             checkpoint_upload_fn=publish,
         )
-        if rank == 0 and moment.final:
-            checkpoint.amend(folder, run.config, None)
-            storage.publish(folder, storage.join(output, FINAL), last)
     ray.train.collective.barrier()
 
 
