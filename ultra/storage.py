@@ -7,6 +7,7 @@ Credentials and the endpoint of an S3 server come from the usual AWS_* variables
 from __future__ import annotations
 
 import codecs
+import glob
 import hashlib
 import os
 import shutil
@@ -257,6 +258,8 @@ def publish(folder: Path, uri: str, last: str) -> None:
     if isinstance(filesystem, fs.LocalFileSystem):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{glob.escape(target.name)}-*"):
+            shutil.rmtree(left)  # of a process that was killed here before
         staged = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         os.chmod(staged, 0o755)
         shutil.copytree(folder, staged, dirs_exist_ok=True)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import ROOT
+from ultra import storage
 from ultra.config import parse
 from ultra.model import checkpoint
 from ultra.model.checkpoint import CheckpointError, Progress
@@ -172,3 +177,57 @@ def test_empty_and_nan_tensors_are_never_written(random_config, tmp_path, tensor
     language = LanguageBranch(random_config.model.language)
     with pytest.raises(CheckpointError, match=message):
         checkpoint.write(tmp_path, random_config, {"fusion.alpha": tensor}, language, {})
+
+
+DYING = """
+import os, shutil, signal, sys
+from pathlib import Path
+from ultra import storage
+
+folder, uri, left = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+
+def dies(function):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return call
+
+
+storage._upload = dies(storage._upload)
+shutil.copyfile = dies(shutil.copyfile)
+os.replace = dies(os.replace)
+storage.publish(Path(folder), uri, "config.yaml")
+"""
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_killed_while_it_is_published_it_is_whole_or_none(
+    random_checkpoint, tmp_path, place, request
+) -> None:
+    root = str(tmp_path)
+    if place == "s3":
+        root = request.getfixturevalue("s3_bucket") + "/killed"
+    num_files = len(list_sizes(Path(random_checkpoint)))
+    for calls in (0, num_files // 2, num_files - 1, num_files, num_files + 1):
+        uri = f"{root}/{calls}"
+        command = [sys.executable, "-c", DYING, random_checkpoint, uri, str(calls)]
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        # On a local path renaming comes after the copies, and makes the checkpoint.
+        survives = calls >= num_files + (place == "local")
+        assert code == (0 if survives else -signal.SIGKILL)
+        if survives:
+            assert checkpoint.read(uri).uri == uri
+        else:
+            with pytest.raises(CheckpointError, match=f"no checkpoint at {uri}"):
+                checkpoint.read(uri)
+    last = f"{root}/{num_files - 1}"
+    storage.publish(Path(random_checkpoint), last, "config.yaml")
+    assert checkpoint.read(last).uri == last
+    assert [
+        path for path in tmp_path.glob(".[0-9]*") if path.name.startswith(f".{num_files - 1}-")
+    ] == []

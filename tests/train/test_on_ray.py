@@ -144,6 +144,41 @@ def test_every_exam_is_used_once_an_epoch(prepared: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_stage_ends_early_with_its_best_weights_and_old_checkpoints_go(prepared: Path) -> None:
+    from ultra.train.on_ray import fit
+
+    config = configure(
+        prepared,
+        "train.validate_every=1",
+        "train.early_stopping_patience=2",
+        "train.checkpoint_every=1",
+        "train.keep_last=2",
+        "train.stages.0.steps=3",
+        "train.stages.1.steps=9",
+        "train.stages.1.learning_rate=3",  # it gets worse, and soon
+        f"train.output_uri={prepared}/early",
+        f"tracking.uri=sqlite:///{prepared}/early.db",
+    )
+    final = Path(fit(config))
+    losses = history(config, "validation/loss")
+    align, instruct = losses[:3], losses[3:]
+    assert 2 < len(instruct) < 9
+    best = instruct.index(min(instruct)) + 1
+    assert len(instruct) == best + 2
+    assert all(0 <= value <= 1 for value in history(config, "validation/selection_accuracy"))
+    last = f"2-instruct-{len(instruct):06d}"
+    names = sorted(path.name for path in final.parent.iterdir() if path.is_dir())
+    assert names == [f"2-instruct-{len(instruct) - 1:06d}", last, "best", "checkpoint"]
+    progress = checkpoint.read(str(final.parent / "best")).progress()
+    assert (progress.stage, progress.step, progress.stale) == (1, best, 0)
+    assert progress.best == pytest.approx(min(instruct))
+    assert min(align) > 0
+    for file in ("connector.safetensors", "adapter/adapter_model.safetensors"):
+        kept = [(final.parent / name / file).read_bytes() for name in ("best", last, "checkpoint")]
+        assert kept[0] == kept[1] == kept[2]
+
+
+@pytest.mark.slow
 def test_one_seed_gives_one_checkpoint_and_another_seed_another(prepared: Path) -> None:
     from ultra.train.on_ray import cache_uri, fit
 
