@@ -28,7 +28,7 @@ from ultra.train.batches import read_inputs
 from ultra.train.claim import find_difference
 from ultra.train.loop import Inputs, run_stage
 from ultra.train.progress import UsedExams, add_up
-from ultra.train.stage import StageRun, begin_stage, describe_parts, write_stage
+from ultra.train.stage import StageRun, begin_stage, describe_parts, place_checkpoint, write_stage
 from ultra.train.stop.on_ray import Bell, TorchWithBell, hang_bell, ring_on_sigterm
 from ultra.train.validation import Validation
 from ultra.train.watch import Moment, StageWatch
@@ -63,6 +63,7 @@ def fit(config: PipelineConfig) -> str:
                 "source": source,
                 "run_id": tracker.run_id,
                 "bell": bell,
+                "last": _find_last(config),
                 "base": checkpoint.describe_base(config.model),
             },
             torch_config=TorchWithBell(bell=bell),
@@ -97,7 +98,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     tracker = resume_tracker(config.tracking, settings["run_id"] if rank == 0 else "")
     restored = ray.train.get_checkpoint()
     uri = storage.address(restored.filesystem, restored.path) if restored else ""
-    uri = uri or config.train.resume_from
+    uri = max(uri, settings["last"], key=place_checkpoint) or config.train.resume_from
     progress = checkpoint.read(uri).progress() if uri else Progress()
     while progress.stage < len(config.train.stages):
         start = uri or config.train.start_from
@@ -192,6 +193,14 @@ def _save(run: StageRun, moment: Moment) -> None:
             checkpoint_upload_fn=publish,
         )
     ray.train.collective.barrier()
+
+
+def _find_last(config: PipelineConfig) -> str:
+    """Return the furthest whole checkpoint of an unfinished run; Ray may not have noted it yet."""
+    output = config.train.output_uri
+    names = [uri.split("/")[-2] for uri in storage.list_files(output, f"/{checkpoint.CONFIG_FILE}")]
+    last = max(names, key=place_checkpoint, default="")
+    return storage.join(output, last) if place_checkpoint(last) > (0, 0) else ""
 
 
 def _claim(config: PipelineConfig, final: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -115,8 +116,14 @@ def write_stage(run: StageRun, folder: Path, progress: Progress, rank: int) -> N
 
 
 def name_checkpoint(index: int, stage: StageConfig, step: int) -> str:
-    """Return the name of the checkpoint at a step; a later one's sorts behind it."""
+    """Return the name of the checkpoint at a step of a stage."""
     return f"{index + 1}-{stage.name}-{step:06d}"
+
+
+def place_checkpoint(uri: str) -> tuple[int, int]:
+    """Return stage and step by an address of such a name; what has another comes before all."""
+    named = re.fullmatch(r"(\d+)-[a-z]+-(\d{6,})", uri.rpartition("/")[2])
+    return (int(named[1]), int(named[2])) if named else (0, 0)
 
 
 def describe_parts(run: StageRun) -> str:
