@@ -87,12 +87,9 @@ class LlavaUltra(nn.Module):
                     self.language, visual_BKTD, findings_ids_BS, findings_mask_BS
                 )
             redundancy = redundancy_loss(
-                scores_BK,
-                teacher_BK,
-                frame_mask_BK,
-                selection.teacher,
+                scores_BK, teacher_BK, frame_mask_BK, selection.teacher,
                 selection.teacher_temperature,
-            )
+            )  # fmt: skip
         loss = language + selection.redundancy_weight * redundancy
         # Every trained parameter takes part in every step, whatever the strategy.
         loss = loss + 0 * scores_BK.masked_fill(~frame_mask_BK, 0).sum()
@@ -102,11 +99,12 @@ class LlavaUltra(nn.Module):
             "redundancy": redundancy.detach(),
             "entropy": choice_entropy(scores_BK.detach()),
         }
-        if not self.training:
-            outputs["nats"] = losses_RS.sum()
-            outputs["tokens"] = (labels[:, 1:] != IGNORED).sum()
-            outputs["chosen_B"] = scores_BK.argmax(-1)
-        return outputs
+        if self.training:
+            return outputs
+        tokens = (labels[:, 1:] != IGNORED).sum()
+        return outputs | {
+            "nats": losses_RS.sum(), "tokens": tokens, "chosen_B": scores_BK.argmax(-1)
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
