@@ -86,10 +86,8 @@ class LlavaUltra(nn.Module):
                 teacher_BK = score_likelihood(
                     self.language, visual_BKTD, findings_ids_BS, findings_mask_BS
                 )
-            redundancy = redundancy_loss(
-                scores_BK, teacher_BK, frame_mask_BK, selection.teacher,
-                selection.teacher_temperature,
-            )  # fmt: skip
+            kind, temperature = selection.teacher, selection.teacher_temperature
+            redundancy = redundancy_loss(scores_BK, teacher_BK, frame_mask_BK, kind, temperature)
         loss = language + selection.redundancy_weight * redundancy
         # Every trained parameter takes part in every step, whatever the strategy.
         loss = loss + 0 * scores_BK.masked_fill(~frame_mask_BK, 0).sum()
@@ -99,12 +97,12 @@ class LlavaUltra(nn.Module):
             "redundancy": redundancy.detach(),
             "entropy": choice_entropy(scores_BK.detach()),
         }
-        if self.training:
-            return outputs
-        tokens = (labels[:, 1:] != IGNORED).sum()
-        return outputs | {
-            "nats": losses_RS.sum(), "tokens": tokens, "chosen_B": scores_BK.argmax(-1)
-        }  # fmt: skip
+        return outputs if self.training else outputs | _measure(losses_RS, labels, scores_BK)
+
+
+def _measure(losses_RS: Tensor, labels_RS: Tensor, scores_BK: Tensor) -> dict[str, Tensor]:
+    count = (labels_RS[:, 1:] != IGNORED).sum()
+    return {"nats": losses_RS.sum(), "tokens": count, "chosen_B": scores_BK.argmax(-1)}
 
 
 @dataclass(frozen=True, slots=True)
