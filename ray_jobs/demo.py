@@ -170,6 +170,7 @@ def _real_overrides(overrides: Sequence[str], root: str) -> list[str]:
         f"data.exams_uri={real}/exams",
         f"data.quarantine_uri={real}/quarantine",
         f"data.audit_uri={real}/audit",
+        f"data.card_uri={real}/card",
         "data.max_frames=16",
         "data.test_fraction=1",
         "data.validation_fraction=0",
