@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ultra.config import ConfigError, InputError, PipelineConfig, load, preset_names
+from ultra.registry import resolve_versions
 
 
 def run_job(
@@ -28,7 +29,7 @@ def run_job(
         flags: further options of the job, each short for one `--set`.
     """
     config = config_from_args(description, argv, flags)
-    explain_errors(lambda: job(config))
+    explain_errors(lambda: job(resolve_versions(config)))
 
 
 def explain_errors(run: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ import ray.data
 from pydantic import SecretStr
 from ray.data import ActorPoolStrategy
 
-from ultra import storage
+from ultra import registry, storage
 from ultra.config import ConfigError, OtherModel, PipelineConfig
 from ultra.data import parquet, stream
 from ultra.data.on_ray import prepare
@@ -122,11 +122,21 @@ def evaluate(config: PipelineConfig) -> Summary:
         places = dict.fromkeys([config.data.exams_uri, trained_on])
         summary = write_tables(settings, *filter(parquet.is_table, places))
         tracker.metrics(summary.metrics)
+        stream.track_exams(tracker, config.data.exams_uri, "evaluation")
         for name, rows in summary.tables.items():
             tracker.table(name, rows)
         tracker.text(MARKDOWN, read_markdown(settings.results_uri))
         track_report(config, tracker, read_predictions(uri), summary)
+        if said := registry.record_scores(config, tracker.run_id, summary.metrics, _asked(config)):
+            print(said)
     return summary
+
+
+def _asked(config: PipelineConfig) -> str:
+    """Return what names the exams that were asked about; other names, other exams."""
+    settings = config.evaluate
+    digest = parquet.digest_table(config.data.exams_uri)
+    return f"{digest} {settings.split} {settings.max_exams or 'all'}"
 
 
 def find_exams(config: PipelineConfig) -> PipelineConfig:

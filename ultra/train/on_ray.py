@@ -13,7 +13,7 @@ import ray.train
 import ray.train.collective
 from ray.train.torch import TorchTrainer
 
-from ultra import storage
+from ultra import registry, storage
 from ultra.config import ConfigError, PipelineConfig, parse
 from ultra.data import stream
 from ultra.data.on_ray import stream_rows
@@ -42,6 +42,7 @@ def fit(config: PipelineConfig) -> str:
     final = storage.join(config.train.output_uri, "checkpoint")
     _claim(config, final)
     with open_run(config, "train") as tracker:
+        stream.track_exams(tracker, config.data.exams_uri, "training")
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={
@@ -59,6 +60,8 @@ def fit(config: PipelineConfig) -> str:
             run_config=_run_config(config),
         )
         trainer.fit()
+        if version := registry.register(config.tracking, tracker.run_id, final):
+            print(f"{version} is the challenger")
     return final
 
 
@@ -76,6 +79,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     config, source = parse(settings["config"]), settings["source"]
     rank = ray.train.get_context().get_world_rank()
     tracker = resume_tracker(config.tracking, settings["run_id"] if rank == 0 else "")
+    tracker.watch_machine()
     restored = ray.train.get_checkpoint()
     uri = storage.address(restored.filesystem, restored.path) if restored else ""
     progress = checkpoint.read(uri).progress() if uri else Progress()
