@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,13 @@ from mlflow import MlflowClient
 from tests.conftest import free_port
 from ultra import storage
 from ultra.config import ConfigError, PipelineConfig, load
-from ultra.registry import record_scores, register, resolve_version, resolve_versions
+from ultra.registry import (
+    record_scores,
+    register,
+    resolve_evaluated,
+    resolve_start,
+    resolve_version,
+)
 from ultra.tracking import open_run
 
 OURS = "d1 test all"
@@ -28,7 +35,7 @@ def tracking_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def config(tracking_uri: str, tmp_path: Path, request: pytest.FixtureRequest) -> PipelineConfig:
-    name = request.node.name.replace("[", "-").strip("]")  # the server is the same for every test
+    name = re.sub(r"\W", "-", request.node.name)  # the server is the same for every test
     return load(
         "tiny",
         [f"root={tmp_path}", f"tracking.uri={tracking_uri}", f"tracking.model_name={name}"],
@@ -85,14 +92,12 @@ def test_what_training_wrote_is_the_challenger_and_says_where_it_comes_from(
     again, _ = train(config, "two")
     for form, found in {"@challenger": again, "/1": uri, "/2": again, "/latest": again}.items():
         assert resolve_version(f"models:/{name}{form}", config.tracking.uri) == found
-    asked = {
-        "train.start_from": f"models:/{name}/1",
-        "evaluate.checkpoint_uri": f"models:/{name}/2",
-    }
-    resolved = resolve_versions(load("tiny", [
-        f"tracking.uri={config.tracking.uri}", *(f"{key}={value}" for key, value in asked.items()),
-    ]))  # fmt: skip
-    assert (resolved.train.start_from, resolved.evaluate.checkpoint_uri) == (uri, again)
+    asked = load("tiny", [
+        f"tracking.uri={config.tracking.uri}", f"train.start_from=models:/{name}/1",
+        f"evaluate.checkpoint_uri=models:/{name}/2",
+    ])  # fmt: skip
+    assert resolve_start(asked).train.start_from == uri
+    assert resolve_evaluated(asked).evaluate.checkpoint_uri == again
 
 
 def test_the_source_of_a_checkpoint_on_s3_is_its_address(

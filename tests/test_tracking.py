@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
+from mlflow.data import get_source
 
 from tests.conftest import free_port
 from ultra.config import ConfigError, PipelineConfig, load
@@ -168,8 +169,8 @@ def test_a_run_says_what_it_ran_on(config: PipelineConfig, tmp_path: Path) -> No
     here, there = sorted(run.inputs.dataset_inputs, key=lambda used: used.dataset.digest)
     assert (here.dataset.name, here.dataset.digest) == ("exams", "0123abcd" * 4)
     assert json.loads(here.dataset.profile) == {"train": 8, "test": 2}
-    assert json.loads(here.dataset.source) == {"uri": f"{tmp_path}/exams"}
-    assert json.loads(there.dataset.source) == {"uri": "s3://bucket/exams"}
+    assert get_source(here).uri == f"{tmp_path}/exams"
+    assert get_source(there).uri == "s3://bucket/exams"
     assert [tag.value for tag in (*here.tags, *there.tags)] == ["training", "evaluation"]
     assert run.data.tags["python"] == platform.python_version()
     assert run.data.tags["ray"] == metadata.version("ray")

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ultra.config import ConfigError, InputError, PipelineConfig, load, preset_names
-from ultra.registry import resolve_versions
 
 
 def run_job(
@@ -29,7 +28,7 @@ def run_job(
         flags: further options of the job, each short for one `--set`.
     """
     config = config_from_args(description, argv, flags)
-    explain_errors(lambda: job(resolve_versions(config)))
+    explain_errors(lambda: job(config))
 
 
 def explain_errors(run: Callable[[], None]) -> None:

@@ -35,21 +35,26 @@ _CONFIG = "config.yaml"
 _WHOLE = "language/"
 
 
-def resolve_versions(config: PipelineConfig) -> PipelineConfig:
-    """Return the configuration with addresses where it names versions of a registered model.
+def resolve_start(config: PipelineConfig) -> PipelineConfig:
+    """Return the configuration with an address in `train.start_from`.
 
     Raises:
         ConfigError: as `resolve_version`.
     """
-    uri, train, evaluate = config.tracking.uri, config.train, config.evaluate
-    start = resolve_version(train.start_from, uri)
-    checkpoint = resolve_version(evaluate.checkpoint_uri, uri)
-    return config.model_copy(
-        update={
-            "train": train.model_copy(update={"start_from": start}),
-            "evaluate": evaluate.model_copy(update={"checkpoint_uri": checkpoint}),
-        }
-    )
+    start = resolve_version(config.train.start_from, config.tracking.uri)
+    train = config.train.model_copy(update={"start_from": start})
+    return config.model_copy(update={"train": train})
+
+
+def resolve_evaluated(config: PipelineConfig) -> PipelineConfig:
+    """Return the configuration with an address in `evaluate.checkpoint_uri`.
+
+    Raises:
+        ConfigError: as `resolve_version`.
+    """
+    checkpoint = resolve_version(config.evaluate.checkpoint_uri, config.tracking.uri)
+    evaluate = config.evaluate.model_copy(update={"checkpoint_uri": checkpoint})
+    return config.model_copy(update={"evaluate": evaluate})
 
 
 def resolve_version(uri: str, tracking_uri: str) -> str:

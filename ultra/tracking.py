@@ -145,15 +145,13 @@ class MlflowTracker:
             counts: split -> exams.
             context: what for, such as `training` or `evaluation`.
         """
-        from mlflow.data.dataset_source_registry import resolve_dataset_source
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        source = resolve_dataset_source(uri)
         dataset = Dataset(
             name="exams",
             digest=digest,
-            source_type=source._get_source_type(),
-            source=source.to_json(),
+            source_type=urlsplit(uri).scheme or "local",
+            source=json.dumps({"uri": uri}),
             profile=json.dumps(counts),
         )
         tag = InputTag("mlflow.data.context", context)

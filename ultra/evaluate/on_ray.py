@@ -32,9 +32,10 @@ def predict(config: PipelineConfig) -> str:
     Raises:
         CheckpointError: when there is no checkpoint to answer with.
         StorageError: when there is no complete table of exams.
-        ConfigError: when the split holds no exam, or features that are required are missing.
+        ConfigError: when the split holds no exam, features that are required are missing, or
+            `evaluate.checkpoint_uri` is no version.
     """
-    config = find_exams(config)
+    config = find_exams(registry.resolve_evaluated(config))
     settings = config.evaluate
     opened = checkpoint.read(settings.checkpoint_uri)
     exam_ids = _exam_ids(config)
@@ -108,9 +109,11 @@ def evaluate(config: PipelineConfig) -> Summary:
     Raises:
         CheckpointError: when there is no checkpoint to answer with.
         StorageError: when there is no complete table of exams, or of predictions to reuse.
-        ConfigError: when the split holds no exam, or what another model needs is missing.
+        ConfigError: when the split holds no exam, what another model needs is missing, or
+            `evaluate.checkpoint_uri` is no version.
         InputError: when another model answered nothing.
     """
+    config = registry.resolve_evaluated(config)
     with open_run(config, "evaluate") as tracker:
         trained_on = config.data.exams_uri
         asked = [(other, check(other)) for other in left_to_ask(config.evaluate)]

@@ -34,8 +34,10 @@ def fit(config: PipelineConfig) -> str:
     A run that was cut off goes on where its last checkpoint stands when it is submitted again.
 
     Raises:
-        ConfigError: when an unfinished run of another configuration stands at the address.
+        ConfigError: when an unfinished run of another configuration stands at the address, or
+            `train.start_from` is no version.
     """
+    config = registry.resolve_start(config)
     storage.resolve(config.train.output_uri)
     source = stream.open_source(config.data, cache_uri(config), config.train.features)
     print(f"{source.num_exams} exams, from {'features' if source.features else 'pixels'}")
