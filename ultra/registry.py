@@ -74,7 +74,10 @@ def resolve_version(uri: str, tracking_uri: str) -> str:
     from mlflow.store.artifact.utils.models import get_model_name_and_version
 
     if not tracking_uri or not is_there(tracking_uri):
-        raise ConfigError(f"{uri}: no MLflow at {tracking_uri!r} to ask (tracking.uri)")
+        raise ConfigError(
+            f"{uri}: no MLflow at {tracking_uri!r} to ask; jobs read tracking.uri, "
+            "serve_config.yaml tracking_uri or MLFLOW_TRACKING_URI"
+        )
     client = open_client(tracking_uri)
     try:
         version = client.get_model_version(*get_model_name_and_version(client, uri))
@@ -164,7 +167,8 @@ def _challenge(
     """Move the alias to a version that is better than the champion, and return what was done."""
     value = metrics.get(metric, math.nan)
     if math.isnan(value):
-        raise ConfigError(f"evaluate.register_metric: {metric} is none of {', '.join(metrics)}")
+        known = ", ".join(key for key, number in metrics.items() if not math.isnan(number))
+        raise ConfigError(f"evaluate.register_metric: no {metric} was measured, but {known}")
     champion = _champion(client, version.name)
     new = f"{metric} {value:.4g}"
     if champion is None:
@@ -208,8 +212,8 @@ class _Content:
 def _read(uri: str) -> _Content:
     """Return what a checkpoint is.
 
-    The digest is of the bytes of every file but those of a whole language model, which is tens of
-    GB and never trains alone.
+    The digest is of the bytes of every file but those of a whole language model, tens of GB beside
+    which the connector trains as well; of these it is of the names alone.
 
     Raises:
         StorageError: when there is no checkpoint.

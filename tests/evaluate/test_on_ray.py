@@ -142,6 +142,7 @@ def test_evaluate_scores_and_tracks(
     assert run.data.params["evaluate.split"] == "test"
     (used,) = run.inputs.dataset_inputs
     assert used.dataset.digest == parquet.digest_table(config.data.exams_uri)
+    assert json.loads(used.dataset.profile) == {"test": 3, "train": 1, "validation": 1}
     artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {
         "answers.json",
@@ -180,7 +181,11 @@ def test_evaluate_scores_and_tracks(
 def test_what_is_evaluated_becomes_the_champion_and_is_evaluated_by_that_name(
     random_config, random_checkpoint, write_exams, tmp_path, capsys
 ) -> None:
-    more = {"register_champion": True, "register_metric": "selection/accuracy", "bootstrap_samples": 20}
+    more = {
+        "register_champion": True,
+        "register_metric": "selection/accuracy",
+        "bootstrap_samples": 20,
+    }
     config = configure(random_config, random_checkpoint, str(tmp_path), **more)
     tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
     config = config.model_copy(update={"tracking": tracking})
