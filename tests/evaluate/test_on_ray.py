@@ -29,6 +29,8 @@ from ultra.evaluate.predictor import Predictor
 from ultra.evaluate.tables import summarise
 from ultra.model.checkpoint import CheckpointError
 from ultra.model.encoders import FrozenEncoders, cache_key
+from ultra.registry import register, resolve_version
+from ultra.tracking import open_run
 from ultra.types import FrameGroup
 
 Exams = list[FrameGroup]
@@ -178,24 +180,21 @@ def test_evaluate_scores_and_tracks(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_what_is_evaluated_becomes_the_champion_and_is_evaluated_by_that_name(
+def test_what_is_evaluated_by_its_registered_name_becomes_the_champion(
     random_config, random_checkpoint, write_exams, tmp_path, capsys
 ) -> None:
-    more = {
-        "register_champion": True,
-        "register_metric": "selection/accuracy",
-        "bootstrap_samples": 20,
-    }
-    config = configure(random_config, random_checkpoint, str(tmp_path), **more)
+    more = {"register_champion": True, "register_metric": "selection/accuracy", "max_exams": 2}
+    named = "models:/llava-ultra@challenger"
+    config = configure(random_config, named, str(tmp_path), bootstrap_samples=20, **more)
     tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
     config = config.model_copy(update={"tracking": tracking})
+    with open_run(config, "train") as tracker:
+        register(tracking, tracker.run_id, random_checkpoint)
     write_exams(config.data.exams_uri)
-    score = f"selection/accuracy {evaluate(config).metrics['selection/accuracy']:.4g}"
-    told = f"champion is now version 1 of llava-ultra: {score}, and there was none"
-    assert told in capsys.readouterr().out
-    named = {"checkpoint_uri": "models:/llava-ultra@champion"}
-    evaluate(config.model_copy(update={"evaluate": config.evaluate.model_copy(update=named)}))
-    assert f"version 1 of llava-ultra is the champion already: {score}" in capsys.readouterr().out
+    accuracy = evaluate(config).metrics["selection/accuracy"]
+    told = f"version 1 of llava-ultra: selection/accuracy {accuracy:.4g}, and there was none"
+    assert f"champion is now {told}" in capsys.readouterr().out
+    assert resolve_version("models:/llava-ultra@champion", tracking.uri) == random_checkpoint
 
 
 @pytest.mark.usefixtures("ray_cluster")
