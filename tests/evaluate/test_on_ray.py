@@ -140,6 +140,9 @@ def test_evaluate_scores_and_tracks(
     assert run.info.status == "FINISHED"
     assert run.data.metrics == pytest.approx(summary.metrics)
     assert run.data.params["evaluate.split"] == "test"
+    (used,) = run.inputs.dataset_inputs
+    assert used.dataset.digest == parquet.digest_table(config.data.exams_uri)
+    assert json.loads(used.dataset.profile) == {"test": 3, "train": 1, "validation": 1}
     artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {
         "answers.json",
@@ -172,6 +175,27 @@ def test_evaluate_scores_and_tracks(
     assert not [name for name in rescored.metrics if "llava_med" in name]
     (latest, _) = client.search_runs([experiment.experiment_id])
     assert count_pictures(latest.info.run_id) == 3  # they are kept with the answers
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_evaluated_becomes_the_champion_and_is_evaluated_by_that_name(
+    random_config, random_checkpoint, write_exams, tmp_path, capsys
+) -> None:
+    more = {
+        "register_champion": True,
+        "register_metric": "selection/accuracy",
+        "bootstrap_samples": 20,
+    }
+    config = configure(random_config, random_checkpoint, str(tmp_path), **more)
+    tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    config = config.model_copy(update={"tracking": tracking})
+    write_exams(config.data.exams_uri)
+    score = f"selection/accuracy {evaluate(config).metrics['selection/accuracy']:.4g}"
+    told = f"champion is now version 1 of llava-ultra: {score}, and there was none"
+    assert told in capsys.readouterr().out
+    named = {"checkpoint_uri": "models:/llava-ultra@champion"}
+    evaluate(config.model_copy(update={"evaluate": config.evaluate.model_copy(update=named)}))
+    assert f"version 1 of llava-ultra is the champion already: {score}" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("ray_cluster")
