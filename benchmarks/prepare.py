@@ -242,7 +242,7 @@ class RayDataReader:
 
     def __call__(self) -> int:
         """Return how many frames there were."""
-        rows: Any = self._decoded() if self.tensors else stream_rows(self.windows, (), 1)[0]
+        rows: Any = self._decoded() if self.tensors else stream_rows(self.windows, (), 1, BATCH)[0]
         batches = rows.iter_batches(batch_size=BATCH, batch_format="pyarrow", prefetch_batches=2)
         return sum(len(frames) for batch in batches for frames in batch["frames"].to_pylist())
 

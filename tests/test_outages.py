@@ -212,7 +212,7 @@ def test_train(on_s3: PipelineConfig, s3_server: SeaweedFS) -> None:
     fit(first)
     second = configure(on_s3.root, f"train.output_uri={on_s3.root}/second")
     # Its first checkpoint is there: the next ones, and the exams in between, are still to come.
-    with outage(s3_server, f"{second.train.output_uri}/align-000002/config.yaml"):
+    with outage(s3_server, f"{second.train.output_uri}/1-align-000002/config.yaml"):
         fit(second)
     tensors = digests(second.train.output_uri, ".safetensors")
     assert "/checkpoint/connector.safetensors" in tensors

@@ -145,7 +145,7 @@ def test_the_small_twin_of_a_preset_trains_both_stages(
     config = make_twin(name, random_backbones, tmp_path)
     final = fit_alone(config, rows_of(config), 5, tmp_path / "stages")
     whole = "language" in config.train.stages[1].trainable
-    assert final.name == "instruct-000002"
+    assert final.name == "2-instruct-000002"
     assert (final / "language").exists() == whole
     assert (final / "adapter").exists() != whole
     for stage in config.train.stages:
@@ -178,7 +178,7 @@ def test_a_preset_goes_on_from_weights_that_llava_published(
     exact = ["train.precision=float32", "model.language.dtype=float32"]
     config = make_twin("llava-7b", random_backbones, tmp_path, *still, *given, *exact)
     final = fit_alone(config, rows_of(config), 5, tmp_path / "stages")
-    for stage in ("align-000002", final.name):
+    for stage in ("1-align-000002", final.name):
         state = checkpoint.load_model(str(final.parent / stage)).state_dict()
         for name, tensor in own.items():
             torch.testing.assert_close(state[f"fusion.projectors.clip.{name}"], tensor)

@@ -325,6 +325,9 @@ class TrainConfig(Section):
     """A checkpoint of ultra whose weights the first stage starts with: an address, or a version of
     a registered model as in `evaluate.checkpoint_uri`. Those that LLaVA publishes go into
     `model.language.weights` and `model.fusion.weights`."""
+    resume_from: str = ""
+    """A checkpoint to go on from: weights, optimizer, schedule and place in the data. A run that
+    was cut off needs none, it finds its own."""
     features: Literal["auto", "require", "pixels"] = "auto"
     """auto: the feature cache when it holds every exam, pixels otherwise."""
     num_workers: Positive = 1
@@ -344,6 +347,19 @@ class TrainConfig(Section):
     seed: int = 0
     checkpoint_every: Positive | None = None
     """Steps between checkpoints; a stage's end always writes one."""
+    keep_last: Positive | None = None
+    """Checkpoints that stay beside the best and the final one, which always do; None keeps all."""
+    validate_every: Positive | None = None
+    """Steps between two looks at the validation split; a stage's end is one too. Each that finds
+    the lowest loss of the stage writes the checkpoint `best`. None never looks."""
+    validation_exams: Positive | None = None
+    """Exams of the validation split that are looked at; None means all."""
+    early_stopping_patience: Positive | None = None
+    """Looks without a lower loss after which a stage ends; its best weights then go on. None goes
+    through all steps and on with the last weights."""
+    gradient_checkpointing: bool = False
+    """Compute the language model's layers again in the backward pass instead of keeping what they
+    computed: less memory, a third more work, the same loss."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     log_every: Positive = 10
     explained_exams: Annotated[int, Field(ge=0)] = 3
@@ -357,6 +373,14 @@ class TrainConfig(Section):
                 f"batch_size {self.batch_size} must be a multiple of micro_batch_size "
                 f"{self.micro_batch_size} times num_workers {self.num_workers}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _stops_by_what_it_sees(self) -> Self:
+        if self.early_stopping_patience and not self.validate_every:
+            raise ValueError("early_stopping_patience needs validate_every")
+        if self.start_from and self.resume_from:
+            raise ValueError("give start_from or resume_from, not both")
         return self
 
     @property

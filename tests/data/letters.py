@@ -25,7 +25,7 @@ SIDE = 40
 
 
 def write(pixels: np.ndarray, text: str, at: tuple[int, int], size: int, level: int) -> np.ndarray:
-    """Return a copy of (H, W) grey with a line of text, `size` pixels high, its top left at `at`."""
+    """Return a copy of (H, W) grey with a line of text, `size` pixels high, from `at` on."""
     height, width = pixels.shape
     x, y = at
     cover = np.zeros((height, width))

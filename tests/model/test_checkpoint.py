@@ -10,7 +10,8 @@ import torch
 
 from ultra.config import parse
 from ultra.model import checkpoint
-from ultra.model.checkpoint import CheckpointError
+from ultra.model.checkpoint import CheckpointError, Progress
+from ultra.model.integrity import list_sizes
 from ultra.model.language import LanguageBranch
 from ultra.model.llava_ultra import LlavaUltra
 
@@ -78,16 +79,18 @@ def test_the_encoder_side_needs_no_language_model_and_the_other_way_round(
         checkpoint.load_language(str(copy))
     text = text.replace(str(random_backbones / "clip"), "/missing")
     (copy / "config.yaml").write_text(text)
-    (copy / "connector.safetensors").unlink()
+    connector = copy / "connector.safetensors"
+    connector.write_bytes(b"\0" * connector.stat().st_size)
     assert checkpoint.load_language(str(copy)).width == 24
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.yaml", b"format: 2\n", "format 2, this ultra reads 1"),
+        ("config.yaml", b"format: 3\n", "format 3, this ultra reads 1 and 2"),
+        ("config.yaml", b"", "format None, this ultra reads"),
         ("config.yaml", b"format: 1\nnaem: x\n", "naem: unknown key"),
-        ("connector.safetensors", b"\0" * 10, "connector.safetensors cannot be read"),
+        ("connector.safetensors", b"", "connector.safetensors has 0 bytes, it was written"),
         ("base.json", b"{", "no checkpoint at"),
     ],
 )
@@ -99,6 +102,51 @@ def test_broken_checkpoints_are_refused(
     (copy / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load_visual(str(copy))
+
+
+def test_what_is_missing_or_cut_short_is_named(random_checkpoint, tmp_path) -> None:
+    sizes = list_sizes(Path(random_checkpoint))
+    assert {"adapter/adapter_model.safetensors", "adapter/adapter_config.json"} < sizes.keys()
+    for name in sizes.keys() - {"config.yaml", "base.json"}:
+        copy = tmp_path / name.replace("/", "-")
+        shutil.copytree(random_checkpoint, copy)
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(CheckpointError, match=f"{copy}: {name} has {len(content) // 2} bytes"):
+            checkpoint.read(str(copy))
+        (copy / name).unlink()
+        with pytest.raises(CheckpointError, match=f"{copy}: {name} is missing"):
+            checkpoint.read(str(copy))
+
+
+def test_bytes_that_are_no_tensors_are_refused(random_checkpoint, tmp_path) -> None:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(random_checkpoint, copy)
+    file = copy / "connector.safetensors"
+    file.write_bytes(b"\0" * file.stat().st_size)
+    with pytest.raises(CheckpointError, match=r"connector.safetensors cannot be read"):
+        checkpoint.load_visual(str(copy))
+
+
+def test_a_checkpoint_of_the_first_format_is_still_read(random_checkpoint, tmp_path) -> None:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(random_checkpoint, copy)
+    config = checkpoint.read(str(copy)).config
+    (copy / "config.yaml").write_text(f"format: 1\n{config.to_yaml()}")
+    assert checkpoint.read(str(copy)).config == config
+
+
+def test_a_final_checkpoint_has_no_training_to_go_on_with(random_checkpoint, tmp_path) -> None:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(random_checkpoint, copy)
+    config = checkpoint.read(str(copy)).config
+    progress = Progress(1, 4, 9, 2, ((2, "a"),), best=1.5, stale=1)
+    checkpoint.amend(copy, config, progress)
+    assert checkpoint.read(str(copy)).progress() == progress
+    checkpoint.amend(copy, config, None)
+    assert not (copy / "training").exists()
+    with pytest.raises(CheckpointError, match="holds no state of training"):
+        checkpoint.read(str(copy)).progress()
 
 
 def test_other_base_weights_are_refused(random_checkpoint, tmp_path) -> None:

@@ -131,7 +131,13 @@ def test_features_and_pixels_give_the_same_run(
         for a, b in zip(curve, curves["pixels"][name], strict=True):
             assert math.isclose(a, b, abs_tol=TOLERANCE), name
     steps = sorted(p.name for p in (prepared / "require").iterdir() if p.is_dir())
-    wanted = ["align-000002", "align-000004", "checkpoint", "instruct-000002", "instruct-000004"]
+    wanted = [
+        "1-align-000002",
+        "1-align-000004",
+        "2-instruct-000002",
+        "2-instruct-000004",
+        "checkpoint",
+    ]
     assert steps == wanted
 
 
@@ -140,9 +146,12 @@ def test_every_exam_is_used_once_an_epoch(prepared: Path) -> None:
 
     config = configure(prepared)
     source = stream.open_source(config.data, cache_uri(config), "require")
-    first = checkpoint.read(f"{prepared}/require/align-000002").progress()
-    assert (first.epoch, first.step) == (0, 2)
-    assert len(first.seen) == len(set(first.seen)) == min(16, source.num_exams)
+    for name in ("1-align-000002", "2-instruct-000002"):
+        progress = checkpoint.read(f"{prepared}/require/{name}").progress()
+        assert progress.step == 2
+        # As many different exams as places in the steps: none came twice in a pass.
+        assert progress.epoch * source.num_exams + len(progress.seen) == 2 * 8
+        assert {epoch for epoch, _ in progress.seen} <= {progress.epoch}
 
 
 @pytest.mark.slow
@@ -176,7 +185,7 @@ def test_one_seed_gives_one_checkpoint_and_another_seed_another(prepared: Path) 
         return read(prepared / name)
 
     first, again, other = run("first", 3), run("again", 3), run("other", 4)
-    for name in ("align-000002", "instruct-000002", "checkpoint"):
+    for name in ("1-align-000002", "2-instruct-000002", "checkpoint"):
         assert f"{name}/connector.safetensors" in first
         assert f"{name}/adapter/adapter_model.safetensors" in first
     assert again.keys() == first.keys() == other.keys()
@@ -194,7 +203,7 @@ def test_one_seed_gives_one_checkpoint_and_another_seed_another(prepared: Path) 
     rows = (row for _ in range(2) for row in islice(stage_rows(), 2 * config.train.batch_size))
     fit_alone(config, rows, source.num_exams, prepared / "alone")
     alone = read(prepared / "alone")
-    assert "instruct-000002/adapter/adapter_model.safetensors" in alone
+    assert "2-instruct-000002/adapter/adapter_model.safetensors" in alone
     tensors = {name: content for name, content in alone.items() if name.endswith(".safetensors")}
     assert [name for name, content in tensors.items() if content != first[name]] == []
 

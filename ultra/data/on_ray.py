@@ -143,11 +143,15 @@ def export(config: DataConfig) -> tuple[ExportCounts, list[str]]:
 
 
 def stream_rows(
-    windows: Sequence[Window], seen: Collection[tuple[int, str]], num_workers: int
+    windows: Sequence[Window],
+    seen: Collection[tuple[int, str]],
+    num_workers: int,
+    rows_per_step: int,
 ) -> list[ray.data.DataIterator]:
     """Return an iterator of training rows for each worker, all of the same length.
 
-    The order follows from the windows alone, however many workers share them.
+    Step n of all workers together has the n-th `rows_per_step` rows of the windows, so what a step
+    learns from does not depend on how many workers share it, nor on where a run was cut off.
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -156,7 +160,11 @@ def stream_rows(
     rows = ray.data.range(len(windows), override_num_blocks=len(windows)).flat_map(
         lambda item: read_window(windows[item["id"]], left)
     )
-    return [rows.iterator()] if num_workers == 1 else rows.streaming_split(num_workers, equal=True)
+    if num_workers == 1:
+        return [rows.iterator()]
+    # Blocks of equal length are dealt out in turn.
+    shares = rows.repartition(target_num_rows_per_block=rows_per_step // num_workers, strict=True)
+    return shares.streaming_split(num_workers, equal=True)
 
 
 def map_tasks(items: Iterable[T], function: Callable[[T], R]) -> list[R]:

@@ -1,6 +1,6 @@
 """Checkpoints: a folder of safetensors, YAML and JSON; nothing in it is unpickled.
 
-config.yaml              the exact configuration, `format: 1`
+config.yaml              `format: 2`, the bytes of every other file, the exact configuration
 connector.safetensors    projectors, alpha, scorer
 adapter/                 LoRA in PEFT's own layout
 language/                a transformers directory, where the whole language model trains
@@ -12,6 +12,7 @@ training/                float32 masters and Adam moments by parameter name, and
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,21 +25,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ultra import storage
-from ultra.config import ConfigError, InputError, ModelConfig, PipelineConfig, parse
+from ultra.config import ConfigError, LanguageConfig, ModelConfig, PipelineConfig, parse
 from ultra.model.encoders import FrozenEncoders
+from ultra.model.integrity import CheckpointError, check_whole, list_sizes
 from ultra.model.language import LanguageBranch
 from ultra.model.llava_ultra import LlavaUltra, VisualBranch
 from ultra.model.selection import FrameScorer
 from ultra.model.vision import Fusion
 from ultra.model.vision_encoder import digest_weights
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Formats that are read; 1 does not list its files, so nobody can tell whether it is whole."""
 CONNECTOR = ("fusion.", "scorer.")
 CONFIG_FILE = "config.yaml"
-
-
-class CheckpointError(InputError, ValueError):
-    """A folder that is no usable checkpoint; the message names it and what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ class Progress:
         total_step: optimizer steps done over all stages.
         epoch: the first pass over the exams that is not complete, from 0 for each stage.
         seen: (epoch, exam id) of what was used in that and later passes.
+        best: the lowest validation loss of the stage, once there is one.
+        stale: looks at the validation split since that one.
     """
 
     stage: int = 0
@@ -58,6 +60,8 @@ class Progress:
     total_step: int = 0
     epoch: int = 0
     seen: tuple[tuple[int, str], ...] = ()
+    best: float | None = None
+    stale: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +83,15 @@ class Checkpoint:
     base: Mapping[str, Mapping[str, str]]
 
     def progress(self) -> Progress:
-        """Return how far the training that wrote it had come."""
-        values = json.loads((self.folder / "training" / "progress.json").read_text())
+        """Return how far the training that wrote it had come.
+
+        Raises:
+            CheckpointError: when it holds none, as a final checkpoint does.
+        """
+        try:
+            values = json.loads((self.folder / "training" / "progress.json").read_text())
+        except OSError:
+            raise CheckpointError(f"{self.uri}: holds no state of training to go on from") from None
         seen = tuple((epoch, exam_id) for epoch, exam_id in values["seen"])
         return Progress(**{**values, "seen": seen})
 
@@ -151,19 +162,32 @@ def write(
     if moments is not None:
         for name in ("masters", "exp_avg", "exp_avg_sq"):
             _save(folder / "training" / f"{name}.safetensors", getattr(moments, name))
-    if progress is not None:
-        text = json.dumps(asdict(progress), ensure_ascii=False)
-        (folder / "training").mkdir(exist_ok=True)
-        (folder / "training" / "progress.json").write_text(text)
     (folder / "base.json").write_text(json.dumps(base, indent=1))
-    (folder / CONFIG_FILE).write_text(f"format: {FORMAT}\n{config.to_yaml()}", encoding="utf-8")
+    amend(folder, config, progress)
+
+
+def amend(folder: Path, config: PipelineConfig, progress: Progress | None) -> None:
+    """Give the files of a checkpoint a configuration and a progress, and list them.
+
+    None takes away all that only training needs.
+    """
+    training = folder / "training"
+    if progress is None:
+        shutil.rmtree(training, ignore_errors=True)
+    else:
+        training.mkdir(exist_ok=True)
+        text = json.dumps(asdict(progress), ensure_ascii=False)
+        (training / "progress.json").write_text(text)
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    files = yaml.safe_dump({"format": FORMAT, "files": list_sizes(folder)}, sort_keys=False)
+    (folder / CONFIG_FILE).write_text(files + config.to_yaml(), encoding="utf-8")
 
 
 def read(uri: str) -> Checkpoint:
     """Return the checkpoint at an address, remote content copied here once.
 
     Raises:
-        CheckpointError: when it is missing, unfinished or of another format.
+        CheckpointError: when it is missing, unfinished, cut short or of another format.
     """
     try:
         folder = storage.fetch(uri)
@@ -172,8 +196,10 @@ def read(uri: str) -> Checkpoint:
     except (OSError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise CheckpointError(f"no checkpoint at {uri}: {error}") from None
     found = raw.pop("format", None) if isinstance(raw, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{uri}: checkpoint format {found}, this ultra reads {FORMAT}")
+    if found not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise CheckpointError(f"{uri}: checkpoint format {found}, this ultra reads {known}")
+    check_whole(uri, folder, raw.pop("files", {}))
     try:
         return Checkpoint(uri, folder, parse(raw), base)
     except ConfigError as error:
@@ -212,20 +238,30 @@ def load_language(uri: str, device: str = "cpu") -> LanguageBranch:
     Raises:
         CheckpointError: when it, or the base weight it stands on, is not what it should be.
     """
-    return _open_language(read(uri)).to(device).eval()
-
-
-def load_model(uri: str, device: str = "cpu") -> LlavaUltra:
-    """Return the part of a checkpoint that trains: connector and language model."""
     checkpoint = read(uri)
-    model = LlavaUltra(checkpoint.config.model, _open_language(checkpoint))
+    return _open_language(checkpoint, checkpoint.config.model.language).to(device).eval()
+
+
+def load_model(uri: str, device: str = "cpu", config: ModelConfig | None = None) -> LlavaUltra:
+    """Return the part of a checkpoint that trains: connector and language model.
+
+    Args:
+        uri: the checkpoint.
+        device: where torch runs, `cpu` or `cuda`.
+        config: settings of the model in place of the checkpoint's own, of the same architecture.
+
+    Raises:
+        CheckpointError: when it, or the base weight it stands on, is not what it should be.
+    """
+    checkpoint = read(uri)
+    config = config or checkpoint.config.model
+    model = LlavaUltra(config, _open_language(checkpoint, config.language))
     state = _load(checkpoint.folder / "connector.safetensors")
     _load_connector(model.fusion, model.scorer, state, uri)
     return model.to(device)
 
 
-def _open_language(checkpoint: Checkpoint) -> LanguageBranch:
-    config = checkpoint.config.model.language
+def _open_language(checkpoint: Checkpoint, config: LanguageConfig) -> LanguageBranch:
     whole, adapter = checkpoint.folder / "language", checkpoint.folder / "adapter"
     if not whole.exists():
         digest = digest_weights(storage.fetch(config.weights))
@@ -286,5 +322,5 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
     return tensors

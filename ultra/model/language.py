@@ -134,13 +134,13 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     return functional.pad(losses, (1, 0))
 
 
-def conversation_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Return losses_B in nats a token: the mean over the answers of each conversation.
+def conversation_losses(losses_BS: Tensor, labels_BS: Tensor) -> Tensor:
+    """Return losses_B in nats a token: the mean of token losses over each conversation's answers.
 
     Every conversation counts alike, so a long report does not drown the short answers.
     """
     count_B = (labels_BS[:, 1:] != IGNORED).sum(-1)
-    return token_losses(logits_BSV, labels_BS).sum(-1) / count_B
+    return losses_BS.sum(-1) / count_B
 
 
 def _add_lora(base: Any, config: LanguageConfig, adapter: Path | None) -> Any:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from ultra.config import ModelConfig
 from ultra.model.encoders import FrozenEncoders, Pixels
-from ultra.model.language import LanguageBranch, conversation_losses
+from ultra.model.language import LanguageBranch, conversation_losses, token_losses
 from ultra.model.selection import FrameScorer, choice_entropy, gate_frames, redundancy_loss
 from ultra.model.splice import splice
 from ultra.model.strategies import Groups, find_strategy
 from ultra.model.teacher import score_likelihood
 from ultra.model.vision import Fusion
-from ultra.types import VisualTokens
+from ultra.types import IGNORED, VisualTokens
 
 
 class LlavaUltra(nn.Module):
@@ -55,6 +55,9 @@ class LlavaUltra(nn.Module):
     ) -> dict[str, Tensor]:
         """Return `loss`, the `language` and `redundancy` losses it is made of, and `entropy`.
 
+        Out of training also `nats`, the loss summed over the answers' `tokens`, and `chosen_B`, the
+        frames with the highest scores.
+
         Args:
             features: encoder name -> (B, K, T, F); a composite is a group's only frame.
             frame_mask_BK: True where a frame is real.
@@ -75,7 +78,8 @@ class LlavaUltra(nn.Module):
         )
         ids, labels, mask = input_ids_BS[rows_R], labels_BS[rows_R], text_mask_BS[rows_R]
         logits = self.language(splice(self.language.embedding, ids, visual_VD), mask)
-        language = conversation_losses(logits, labels).mean()
+        losses_RS = token_losses(logits, labels)
+        language = conversation_losses(losses_RS, labels).mean()
         redundancy = language.new_zeros(())
         if teach:
             if teacher_BK is None:
@@ -92,12 +96,17 @@ class LlavaUltra(nn.Module):
         loss = language + selection.redundancy_weight * redundancy
         # Every trained parameter takes part in every step, whatever the strategy.
         loss = loss + 0 * scores_BK.masked_fill(~frame_mask_BK, 0).sum()
-        return {
+        outputs = {
             "loss": loss,
             "language": language.detach(),
             "redundancy": redundancy.detach(),
             "entropy": choice_entropy(scores_BK.detach()),
         }
+        if not self.training:
+            outputs["nats"] = losses_RS.sum()
+            outputs["tokens"] = (labels[:, 1:] != IGNORED).sum()
+            outputs["chosen_B"] = scores_BK.argmax(-1)
+        return outputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from ultra.tracking import NullTracker, Tracker
 from ultra.train.batches import Row, read_inputs
 from ultra.train.loop import run_stage
 from ultra.train.progress import StepLog
-from ultra.train.stage import begin_stage, write_stage
+from ultra.train.stage import begin_stage, name_checkpoint, write_stage
 
 
 def fit_alone(
@@ -64,9 +64,9 @@ def fit_alone(
         steps = iter(lambda: list(islice(rows, train.batch_size)), [])
         inputs = read_inputs(run, steps, encoders, used=lambda batch: None)
         run_stage(run.engine, inputs, schedule, run.teaching, log.add)
+        target = folder / name_checkpoint(progress.stage, run.stage, schedule.num_steps)
         total = schedule.offset + schedule.num_steps
         progress = Progress(progress.stage + 1, 0, total)
-        target = folder / f"{run.stage.name}-{schedule.num_steps:06d}"
         target.mkdir(parents=True)
         write_stage(run, target, progress, rank=0)
         run.engine.close()

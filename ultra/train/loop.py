@@ -102,7 +102,7 @@ def run_stage(
     batches: Iterator[Inputs],
     schedule: Schedule,
     teaching: Teaching,
-    report: Callable[[int, Metrics], None],
+    report: Callable[[int, Metrics], bool | None],
 ) -> None:
     """Take the steps of a stage.
 
@@ -111,7 +111,8 @@ def run_stage(
         batches: inputs of the model, one item a forward pass, without end.
         schedule: which steps.
         teaching: the redundancy loss.
-        report: called after every step with the number of steps done and this worker's means.
+        report: called after every step with the number of steps done and this worker's means; when
+            it returns True, that was the last step.
 
     Raises:
         FloatingPointError: when the loss is no longer finite.
@@ -136,4 +137,5 @@ def run_stage(
         alpha = engine.alpha()
         if alpha is not None:
             sums["alpha"] = alpha
-        report(step + 1, sums)
+        if report(step + 1, sums):
+            return

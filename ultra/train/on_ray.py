@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.collective
+import torch
 from ray.train.torch import TorchTrainer
 
 from ultra import registry, storage
@@ -22,28 +25,39 @@ from ultra.model.checkpoint import Progress
 from ultra.model.encoders import FrozenEncoders, cache_key
 from ultra.tracking import Tracker, open_run, resume_tracker
 from ultra.train.batches import read_inputs
-from ultra.train.loop import Inputs, Metrics, run_stage
-from ultra.train.progress import StepLog, UsedExams
+from ultra.train.claim import find_difference
+from ultra.train.loop import Inputs, run_stage
+from ultra.train.progress import UsedExams, add_up
 from ultra.train.stage import StageRun, begin_stage, describe_parts, write_stage
-from ultra.train.understanding import PictureLog
+from ultra.train.stop.on_ray import Bell, TorchWithBell, hang_bell, ring_on_sigterm
+from ultra.train.validation import Validation
+from ultra.train.watch import Moment, StageWatch
+
+CLAIM, BEST, FINAL = "config.yaml", "best", "checkpoint"
+"""Names under `train.output_uri`, beside the checkpoints of steps. The first stands there only
+while a run is unfinished."""
 
 
 def fit(config: PipelineConfig) -> str:
     """Run the stages and return the address of the final checkpoint.
 
-    A run that was cut off goes on where its last checkpoint stands when it is submitted again.
+    A run that was cut off goes on where its last checkpoint stands when it is submitted again, on
+    other machines too: `claim.MAY_CHANGE` names what may differ.
 
     Raises:
         ConfigError: when an unfinished run of another configuration stands at the address, or
             `train.start_from` is no version.
+        SystemExit: with 143 when SIGTERM came, here or at a worker, and a checkpoint is written.
     """
     config = registry.resolve_start(config)
     storage.resolve(config.train.output_uri)
     source = stream.open_source(config.data, cache_uri(config), config.train.features)
     print(f"{source.num_exams} exams, from {'features' if source.features else 'pixels'}")
-    final = storage.join(config.train.output_uri, "checkpoint")
-    _claim(config, final)
-    with open_run(config, "train") as tracker:
+    final = storage.join(config.train.output_uri, FINAL)
+    if _claim(config, final):
+        return final
+    bell = hang_bell()
+    with open_run(config, "train") as tracker, ring_on_sigterm(bell):
         stream.track_exams(tracker, config.data.exams_uri, "training")
         trainer = TorchTrainer(
             train_worker,
@@ -51,9 +65,10 @@ def fit(config: PipelineConfig) -> str:
                 "config": config.model_dump(mode="json"),
                 "source": source,
                 "run_id": tracker.run_id,
-                "final": final,
+                "bell": bell,
                 "base": checkpoint.describe_base(config.model),
             },
+            torch_config=TorchWithBell(bell=bell),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.train.num_workers,
                 use_gpu=config.train.gpus_per_worker > 0,
@@ -62,8 +77,12 @@ def fit(config: PipelineConfig) -> str:
             run_config=_run_config(config),
         )
         trainer.fit()
+        if not storage.exists(final):
+            print("stopped as asked to; submit the job again and it goes on", flush=True)
+            raise SystemExit(128 + signal.SIGTERM)
         if version := registry.register(config.tracking, tracker.run_id, final):
             print(f"{version} is the challenger")
+    storage.delete(storage.join(config.train.output_uri, CLAIM))
     return final
 
 
@@ -84,6 +103,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     tracker.watch_machine()
     restored = ray.train.get_checkpoint()
     uri = storage.address(restored.filesystem, restored.path) if restored else ""
+    uri = uri or config.train.resume_from
     progress = checkpoint.read(uri).progress() if uri else Progress()
     while progress.stage < len(config.train.stages):
         start = uri or config.train.start_from
@@ -96,53 +116,48 @@ def train_worker(settings: dict[str, Any]) -> None:
         )
         if rank == 0:
             print(describe_parts(run))
-        uri = _run(run, progress, source, tracker, settings["final"])
+        moment = _run(run, progress, source, tracker, settings["bell"])
         run.engine.close()
-        progress = checkpoint.read(uri).progress()
+        if moment.progress.stage == progress.stage:  # asked to stop
+            return
+        uri, progress = storage.join(config.train.output_uri, moment.name), moment.progress
 
 
 def _run(
-    run: StageRun, progress: Progress, source: stream.Source, tracker: Tracker, final: str
-) -> str:
-    """Take the steps of a stage and return the address of its last checkpoint."""
-    train, schedule = run.config.train, run.schedule
-    log = StepLog(
-        tracker, run.stage.name, schedule.num_steps, schedule.offset, train.batch_size,
-        train.log_every,
-    )  # fmt: skip
-    used = UsedExams(progress, source.num_exams)
-    pictures = PictureLog(run, source, tracker)
-    saved = ""
+    run: StageRun, progress: Progress, source: stream.Source, tracker: Tracker, bell: Bell
+) -> Moment:
+    """Take the steps of a stage and return the moment that was kept last."""
+    context, model = ray.train.get_context(), run.config.model
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    encoders = None if source.features else FrozenEncoders(model, str(run.engine.device))
+    validation = None
+    if run.config.train.validate_every is not None:
+        validation = Validation(run, source, encoders, rank, world_size)
 
-    def report(step: int, metrics: Metrics) -> None:
-        nonlocal saved
-        log.add(step, metrics)
-        pictures.add(step)
-        done = step == schedule.num_steps
-        if done or (train.checkpoint_every and step % train.checkpoint_every == 0):
-            epoch, seen = used.merge()
-            after = Progress(progress.stage, step, schedule.offset + step, epoch, seen)
-            if done:
-                after = Progress(progress.stage + 1, 0, schedule.offset + step)
-            last = done and after.stage == len(train.stages)
-            saved = _save(run, after, f"{run.stage.name}-{step:06d}", final if last else "")
+    def asked_to_stop() -> bool:
+        return bool(add_up(torch.tensor([float(rank == 0 and bell.rang())]))[0])
 
-    run_stage(run.engine, _inputs(run, source, used), schedule, run.teaching, report)
-    return saved
+    watch = StageWatch(
+        run, progress, source, tracker, validation, partial(_save, run), asked_to_stop
+    )
+    inputs = _inputs(run, source, encoders, watch.used)
+    run_stage(run.engine, inputs, run.schedule, run.teaching, watch)
+    assert watch.kept is not None, "a stage ends with a checkpoint"
+    return watch.kept
 
 
-def _inputs(run: StageRun, source: stream.Source, used: UsedExams) -> Iterator[Inputs]:
+def _inputs(
+    run: StageRun, source: stream.Source, encoders: FrozenEncoders | None, used: UsedExams
+) -> Iterator[Inputs]:
     """Return a worker's inputs; rank 0 plans the stream and hands out the shares."""
     train, context = run.config.train, ray.train.get_context()
-    world_size = context.get_world_size()
     shares = None
     if context.get_world_rank() == 0:
         left = (run.schedule.num_steps - run.schedule.first) * train.batch_size
         epochs = math.ceil((left + len(used.seen)) / source.num_exams) + 1
         windows = stream.plan_windows(source.pieces, train.seed, used.epoch, epochs)
-        shares = stream_rows(list(windows), used.seen, world_size)
+        shares = stream_rows(list(windows), used.seen, context.get_world_size(), train.batch_size)
     share = ray.train.collective.broadcast_from_rank_zero(shares)[context.get_world_rank()]
-    encoders = None if source.features else FrozenEncoders(run.config.model, str(run.engine.device))
     tables = share.iter_batches(
         batch_size=train.micro_batch_size * train.gradient_accumulation,
         batch_format="pyarrow",
@@ -151,41 +166,56 @@ def _inputs(run: StageRun, source: stream.Source, used: UsedExams) -> Iterator[I
     return read_inputs(run, (table.to_pylist() for table in tables), encoders, used.add)
 
 
-def _save(run: StageRun, progress: Progress, name: str, final: str) -> str:
+def _save(run: StageRun, moment: Moment) -> None:
     """Write, publish and report a checkpoint; every worker must call it."""
     rank = ray.train.get_context().get_world_rank()
-    uri = storage.join(run.config.train.output_uri, name)
-    with tempfile.TemporaryDirectory() as folder:
-        write_stage(run, Path(folder), progress, rank)
+    output, last = run.config.train.output_uri, checkpoint.CONFIG_FILE
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if not moment.goes_back:
+            write_stage(run, folder, moment.progress, rank)
+        elif rank == 0:
+            shutil.copytree(storage.fetch(storage.join(output, BEST)), folder, dirs_exist_ok=True)
+            checkpoint.amend(folder, run.config, moment.progress)
 
         def publish(_local: ray.train.Checkpoint, _name: str) -> ray.train.Checkpoint:
-            storage.publish(Path(folder), uri, checkpoint.CONFIG_FILE)
+            if moment.best:  # first, so that no checkpoint knows of a better one than there is
+                storage.publish(folder, storage.join(output, BEST), last)
+            uri = storage.join(output, moment.name)
+            storage.publish(folder, uri, last)
             filesystem, path = storage.resolve(uri)
             return ray.train.Checkpoint(path, filesystem)
 
         ray.train.report(
-            {"step": progress.total_step},
-            checkpoint=ray.train.Checkpoint(folder) if rank == 0 else None,
-            checkpoint_dir_name=name,
+            {"step": moment.progress.total_step},
+            checkpoint=ray.train.Checkpoint(name) if rank == 0 else None,
+            checkpoint_dir_name=moment.name,
             checkpoint_upload_fn=publish,
         )
-        if rank == 0 and final:
-            shutil.rmtree(Path(folder) / "training")
-            storage.publish(Path(folder), final, checkpoint.CONFIG_FILE)
+        if rank == 0 and moment.final:
+            checkpoint.amend(folder, run.config, None)
+            storage.publish(folder, storage.join(output, FINAL), last)
     ray.train.collective.barrier()
-    return uri
 
 
-def _claim(config: PipelineConfig, final: str) -> None:
-    claim = storage.join(config.train.output_uri, "config.yaml")
+def _claim(config: PipelineConfig, final: str) -> bool:
+    """Return whether the run of the configuration is at its end, though nobody was told."""
+    claim = storage.join(config.train.output_uri, CLAIM)
+    difference = ""
+    if storage.exists(claim):
+        difference = find_difference(storage.read_bytes(claim).decode(), config)
+        if storage.exists(final) and not difference:
+            storage.delete(claim)
+            return True
     if storage.exists(final):
         storage.delete(config.train.output_uri)
-    elif storage.exists(claim) and storage.read_bytes(claim).decode() != config.to_yaml():
+    elif difference:
         raise ConfigError(
             f"train.output_uri: {config.train.output_uri} holds an unfinished run of another "
-            "configuration; delete it, or give another address"
+            f"configuration, it differs in {difference}; delete it, or give another address"
         )
     storage.write_bytes(claim, config.to_yaml().encode())
+    return False
 
 
 def _resources(config: PipelineConfig) -> dict[str, float]:
@@ -203,6 +233,7 @@ def _run_config(config: PipelineConfig) -> ray.train.RunConfig:
         storage_path=folder,
         storage_filesystem=filesystem,
         failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep_last),
         # Ray's patch of `print` prints twice where a library has wrapped stdout, as some here do.
         worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
     )

@@ -7,6 +7,7 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ultra.model.checkpoint import Progress
 from ultra.tracking import Tracker
@@ -40,11 +41,17 @@ class StepLog:
         if step % self.every == 0 or step == self.num_steps:
             self._flush(step)
 
+    def add_validation(self, step: int, metrics: Metrics) -> None:
+        """Take scores on the validation split, which all workers have alike."""
+        self.tracker.metrics(metrics, self.offset + step)
+        if is_first():
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            print(f"{self.name} {step}/{self.num_steps}  {shown}", flush=True)
+
     def _flush(self, step: int) -> None:
         names = list(self.steps[0][1])
-        values = torch.tensor([[m[name] for name in names] for _, m in self.steps])
+        values = add_up(torch.tensor([[m[name] for name in names] for _, m in self.steps]))
         if dist.is_initialized():
-            dist.all_reduce(values)
             values /= dist.get_world_size()
         now_s = time.perf_counter()
         rate = len(self.steps) * self.batch_size / (now_s - self.since_s)
@@ -54,7 +61,7 @@ class StepLog:
         ]
         rows[-1][1]["samples_per_second"] = rate
         self.tracker.series(rows)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_first():
             last = rows[-1][1]
             shown = "  ".join(
                 f"{n} {last[n]:.3f}"
@@ -64,6 +71,20 @@ class StepLog:
             print(f"{self.name} {step}/{self.num_steps}  {shown}  {rate:.0f} samples/s", flush=True)
         self.steps = []
         self.since_s = now_s
+
+
+def is_first() -> bool:
+    """Return whether this is the worker that prints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def add_up(values: Tensor) -> Tensor:
+    """Return the sum over the workers, on the CPU; every worker must call it."""
+    if not dist.is_initialized():
+        return values
+    total = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
+    return total.cpu()
 
 
 class UsedExams:

@@ -13,6 +13,7 @@ import torch
 from ultra.config import PipelineConfig, StageConfig
 from ultra.model import checkpoint
 from ultra.model.checkpoint import Checkpoint, Progress
+from ultra.model.integrity import check_architecture, check_base
 from ultra.model.language import LanguageBranch
 from ultra.model.llava import start_projector
 from ultra.model.llava_ultra import LlavaUltra
@@ -53,12 +54,20 @@ def begin_stage(
         start: the checkpoint to go on from; None begins with fresh projectors.
         num_exams: exams of an epoch.
         base: what `describe_base` says of the configuration's weights.
+
+    Raises:
+        CheckpointError: when `start` is of another model.
     """
     from ultra.train.zero import ZeroEngine  # DeepSpeed: seconds to import, for workers only
 
     train, stage = config.train, config.train.stages[progress.stage]
+    if start is not None:
+        check_architecture(start.uri, start.config.model, config.model)
+        check_base(start.uri, start.base, base)
     torch.manual_seed(train.seed)
     model = _build_model(config, start)
+    if train.gradient_checkpointing:
+        model.language.base.gradient_checkpointing_enable({"use_reentrant": False})
     teaching = build_teaching(config, model, start)
     engine = ZeroEngine(model, train, stage)
     if teaching.teacher is not None:
@@ -105,6 +114,11 @@ def write_stage(run: StageRun, folder: Path, progress: Progress, rank: int) -> N
         )
 
 
+def name_checkpoint(index: int, stage: StageConfig, step: int) -> str:
+    """Return the name of the checkpoint at a step; a later one's sorts behind it."""
+    return f"{index + 1}-{stage.name}-{step:06d}"
+
+
 def describe_parts(run: StageRun) -> str:
     """Return the table of what a stage trains: parameters, whether they train, learning rate."""
     lines = [f"stage {run.stage.name}", f"  {'part':<12}{'parameters':>14}  learning rate"]
@@ -123,7 +137,7 @@ def _build_model(config: PipelineConfig, start: Checkpoint | None) -> LlavaUltra
         if config.model.fusion.weights:
             start_projector(model.fusion, config.model.fusion.weights)
         return model
-    return checkpoint.load_model(start.uri)
+    return checkpoint.load_model(start.uri, config=config.model)
 
 
 def build_teaching(config: PipelineConfig, model: LlavaUltra, start: Checkpoint | None) -> Teaching:
