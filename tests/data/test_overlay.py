@@ -50,6 +50,7 @@ def test_what_is_read_in_a_still_is_masked_or_the_still_is_refused(
         overlay = find_still_overlay(still(text, size, level, at), read_letters)
     except ValueError as error:
         assert "of the region; up to 10% is masked" in str(error)  # noqa: PT017
+        assert size == 24 or at == OVER_TISSUE, "a small line in the dark is masked"
         return
     assert left_of(text, size, at, overlay.boxes) < 0.02
     assert overlay.evidence.startswith("OCR found text, masked (")
