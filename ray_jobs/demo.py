@@ -49,6 +49,8 @@ NUM_SHOWN = 12
 OBJECT_STORE_BYTES = 512 * 2**20
 START_TIMEOUT_S = 120
 
+SCORES = {"em": "strict/em", "f1": "strict/f1-char", "bleu4": "strict/bleu4-char"}
+"""Those of summary.json and of the short table."""
 NOTICE = (
     "The tiny model behind this page was trained on simulated ultrasound only and knows nothing "
     "else: what it says about the real cine below means nothing. Nothing here is a medical device, "
@@ -170,6 +172,7 @@ def _real_overrides(overrides: Sequence[str], root: str) -> list[str]:
         f"data.exams_uri={real}/exams",
         f"data.quarantine_uri={real}/quarantine",
         f"data.audit_uri={real}/audit",
+        f"data.card_uri={real}/card",
         "data.max_frames=16",
         "data.test_fraction=1",
         "data.validation_fraction=0",
@@ -301,13 +304,12 @@ def read_real_exam(config: PipelineConfig) -> Exam | None:
 
 def describe(summary: Summary, real: Exam | None, source: str) -> dict[str, Any]:
     """Return the numbers of summary.json."""
-    named = {"em": "strict/em", "f1": "strict/f1-char", "bleu4": "strict/bleu4-char"}
     results: dict[str, Any] = {
         "selection_accuracy": summary.metrics["selection/accuracy"],
         "selection_chance": summary.metrics["selection/chance"],
     }
     for row in ("", "constant", "question_only"):
-        for short, name in named.items():
+        for short, name in SCORES.items():
             key, metric = (f"{row}_{short}", f"{row}/{name}") if row else (short, name)
             results[key] = summary.metrics[metric]
     results["num_exams"] = summary.metrics["num_exams"]
@@ -336,10 +338,10 @@ def draw_report(config: PipelineConfig, summary: Summary, real: Exam | None) -> 
 
 def print_results(summary: Summary, results: Mapping[str, Any]) -> None:
     """Print the short table."""
-    columns = [name for name in summary.tables["answers"][0] if name.startswith("strict/")]
-    print("\n" + " " * 16 + "".join(f"{name:>24}" for name in columns))
+    print("\n" + " " * 16 + "".join(f"{name:>20}" for name in SCORES.values()))
     for row in summary.tables["answers"]:
-        cells = (f"{row[c]:24.3f}" if row[c] is not None else f"{'-':>24}" for c in columns)
+        values = [row.get(name) for name in SCORES.values()]
+        cells = (f"{'-':>20}" if value is None else f"{value:20.3f}" for value in values)
         print(f"{row['row']:16}" + "".join(cells))
     for row in summary.tables["selection"][:1]:
         print(f"frame selection  {row['accuracy']:.3f} over {row['exams']} exams (chance "

@@ -6,6 +6,9 @@ Scores, tables and pictures go to MLflow; scores and tables also to `evaluate.re
 `tables.md` has those that papers print. With `--set evaluate.reuse_predictions=true` the answers
 that are there are scored anew, without a model. Public sets are read without a `prepare`
 (`evaluate.exams`), and other models answer beside ours (`evaluate.others`).
+
+With `--register` the checkpoint becomes a version of the registered model, and its `champion` where
+`evaluate.register_metric` is better than the champion's on the same exams.
 """
 
 from ultra.cli import run_job
@@ -22,4 +25,4 @@ def main(config: PipelineConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_job(main, __doc__)
+    run_job(main, __doc__, flags={"--register": "evaluate.register_champion=true"})

@@ -95,6 +95,18 @@ def test_a_job_gets_the_configuration() -> None:
     assert [config.root for config in seen] == ["runs/mine"]
 
 
+@pytest.mark.parametrize(
+    ("job", "flag", "value"),
+    [
+        ("prepare", "--strict", "strict: true"),
+        ("evaluate", "--register", "register_champion: true"),
+    ],
+)
+def test_a_flag_of_a_job_is_short_for_a_value(job: str, flag: str, value: str) -> None:
+    command = [sys.executable, "-m", f"ray_jobs.{job}", flag, "--print"]
+    assert f" {value}\n" in subprocess.check_output(command, cwd=ROOT, text=True)
+
+
 @pytest.fixture
 def copied_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The working directory of a job that came with `--working-dir`."""

@@ -81,6 +81,7 @@ def test_an_unknown_section_is_named() -> None:
         ("model.fusion.alpha=1.2", "model.fusion.alpha", "less than or equal to 1"),
         ("train.stages=[]", "train.stages", "at least 1 item"),
         ("evaluate.suites=[]", "evaluate.suites", "at least 1 item"),
+        ("tracking.model_name=a/b", "tracking.model_name", "match pattern"),
         ("evaluate.suites=[strict, bleu]", "evaluate.suites.1", "'strict' or 'llava_med'"),
         ("evaluate.others=[{name: a/b, weights: w}]", "evaluate.others.0.name", "match pattern"),
         ("evaluate.tokenizer=word", "evaluate.tokenizer", "'char', 'jieba', 'model' or"),
@@ -125,6 +126,19 @@ def test_a_wrong_value_is_named_with_what_is_allowed(override: str, path: str, d
         (
             ["evaluate.suites=[strict, strict]"],
             "evaluate: suites must differ, got ['strict', 'strict']",
+        ),
+        (
+            ["evaluate.register_champion=true", "evaluate.reuse_predictions=true"],
+            "evaluate: register_champion: answers that are reused may be another checkpoint's; "
+            "leave reuse_predictions out",
+        ),
+        (
+            ["evaluate.register_metric=em"],
+            "evaluate: register_metric begins with strict/, llava_med/, selection/, got 'em'",
+        ),
+        (
+            ["evaluate.register_champion=true", "tracking.model_name="],
+            "evaluate.register_champion needs tracking.uri and tracking.model_name",
         ),
         (
             ["evaluate.others=[{name: a, weights: w}, {name: a, weights: v}]"],

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ray_jobs import demo
 from ultra.config import DataConfig
-from ultra.data.importers.folder import list_exams, read_exam
+from ultra.data.importers.folder import list_exams
+from ultra.data.importers.reader import read_exam
 from ultra.evaluate.predictions import Prediction
 from ultra.evaluate.report import Exam
 from ultra.evaluate.tables import Summary
@@ -40,10 +40,10 @@ def summary() -> Summary:
 
 def test_the_real_cine_is_let_in(tmp_path: Path) -> None:
     name = demo.write_real_exam(str(tmp_path))
-    (entry,) = list_exams(str(tmp_path))
+    config = DataConfig(source_uri=str(tmp_path), max_frames=5, patient_key_secret="x")
+    (entry,) = list_exams(config)
     assert entry.frames == (name,)
-    config = DataConfig(max_frames=5, patient_key_secret="x")
-    exam = read_exam(replace(entry), str(tmp_path), config)
+    exam = read_exam(entry, config)
     assert len(exam.group.frames) == 5
     assert exam.num_duplicates > 0
 

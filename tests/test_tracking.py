@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
+import platform
+import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
+from mlflow.data import get_source
 
-from tests.conftest import free_port, wait_until_up
+from tests.conftest import free_port
 from ultra.config import ConfigError, PipelineConfig, load
 from ultra.tracking import (
     NullTracker,
@@ -34,35 +33,7 @@ def database_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{folder}/not/there/yet/mlflow.db"
 
 
-@pytest.fixture(scope="module")
-def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("server")
-    port = free_port()
-    command = [
-        *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
-        *("--artifacts-destination", str(folder / "artifacts")),
-    ]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=os.environ
-            | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        wait_until_up(f"http://127.0.0.1:{port}/health", process, timeout_s=240)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # with the workers it started
-        process.wait(timeout=30)
-
-
-@pytest.fixture(params=["database_uri", "server_uri"])
+@pytest.fixture(params=["database_uri", "mlflow_server"])
 def config(request: pytest.FixtureRequest) -> PipelineConfig:
     uri = request.getfixturevalue(request.param)
     return load("tiny", [f"tracking.uri={uri}", "data.patient_key_secret=very-secret"])
@@ -187,3 +158,54 @@ def test_a_history_that_is_nowhere_is_empty_and_makes_nothing(
     config = load("tiny", [f"tracking.uri={uri.format(server=nobody)}"])
     assert find_history(config, "train") == {}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_says_what_it_ran_on(config: PipelineConfig, tmp_path: Path) -> None:
+    with open_run(config, "train") as tracker:
+        tracker.dataset(f"{tmp_path}/exams", "0123abcd" * 4, {"train": 8, "test": 2}, "training")
+        tracker.dataset("s3://bucket/exams", "4567" * 8, {"test": 3}, "evaluation")
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+    run = client.get_run(tracker.run_id)
+    here, there = sorted(run.inputs.dataset_inputs, key=lambda used: used.dataset.digest)
+    assert (here.dataset.name, here.dataset.digest) == ("exams", "0123abcd" * 4)
+    assert json.loads(here.dataset.profile) == {"train": 8, "test": 2}
+    assert get_source(here).uri == f"{tmp_path}/exams"
+    assert get_source(there).uri == "s3://bucket/exams"
+    assert [tag.value for tag in (*here.tags, *there.tags)] == ["training", "evaluation"]
+    assert run.data.tags["python"] == platform.python_version()
+    assert run.data.tags["ray"] == metadata.version("ray")
+    assert run.data.tags["mlflow.source.name"]
+    listed = Path(client.download_artifacts(tracker.run_id, "requirements.txt", str(tmp_path)))
+    lines = listed.read_text().splitlines()
+    assert f"mlflow=={metadata.version('mlflow')}" in lines
+    assert lines == sorted(lines, key=str.lower)
+
+
+def test_a_run_shows_the_load_of_its_machine(
+    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+
+    def load() -> set[str]:
+        found = client.get_run(tracker.run_id).data.metrics
+        return {name for name in found if name.startswith("system/")}
+
+    with open_run(config, "train") as tracker:
+        resume_tracker(config.tracking, tracker.run_id).watch_machine()
+        while not load():  # the test's own timeout ends it
+            time.sleep(0.2)
+        assert load() >= {
+            "system/cpu_utilization_percentage",
+            "system/system_memory_usage_megabytes",
+        }
+
+
+def test_values_longer_than_mlflow_takes_are_cut(config: PipelineConfig) -> None:
+    long = config.model_copy(
+        update={"data": config.data.model_copy(update={"images_uri": "x" * 7000})}
+    )
+    with open_run(long, "prepare") as tracker:
+        pass
+    run = MlflowClient(tracking_uri=config.tracking.uri).get_run(tracker.run_id)
+    assert run.data.params["data.images_uri"] == "x" * 6000

@@ -322,8 +322,9 @@ class TrainConfig(Section):
     output_uri: str = "{root}/train"
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     start_from: str = ""
-    """A checkpoint of ultra whose weights the first stage starts with. Those that LLaVA publishes
-    go into `model.language.weights` and `model.fusion.weights`."""
+    """A checkpoint of ultra whose weights the first stage starts with: an address, or a version of
+    a registered model as in `evaluate.checkpoint_uri`. Those that LLaVA publishes go into
+    `model.language.weights` and `model.fusion.weights`."""
     resume_from: str = ""
     """A checkpoint to go on from: weights, optimizer, schedule and place in the data. A run that
     was cut off needs none, it finds its own."""
@@ -442,6 +443,12 @@ class EvaluateConfig(Section):
     """Answering and scoring a split."""
 
     checkpoint_uri: str = "{root}/train/checkpoint"
+    """An address, or a version of a registered model: models:/NAME@ALIAS, models:/NAME/3."""
+    register_champion: bool = False
+    """Make the checkpoint a version of `tracking.model_name`, and its champion where it is better
+    than the champion there is."""
+    register_metric: str = "strict/em"
+    """What decides, one of the model's own metrics; larger is better."""
     predictions_uri: str = "{root}/predictions"
     results_uri: str = "{root}/evaluate"
     split: Literal["train", "validation", "test"] = "test"
@@ -478,6 +485,21 @@ class EvaluateConfig(Section):
             raise ValueError(f"others must differ in name, got {names}")
         return self
 
+    @model_validator(mode="after")
+    def _registers_what_it_asked(self) -> Self:
+        if self.register_champion and self.reuse_predictions:
+            raise ValueError(
+                "register_champion: answers that are reused may be another checkpoint's; leave "
+                "reuse_predictions out"
+            )
+        known = (*self.suites, "selection")
+        if self.register_metric.partition("/")[0] not in known:
+            raise ValueError(
+                f"register_metric begins with {', '.join(f'{name}/' for name in known)}, got "
+                f"{self.register_metric!r}"
+            )
+        return self
+
 
 class TrackingConfig(Section):
     """MLflow."""
@@ -487,6 +509,8 @@ class TrackingConfig(Section):
     experiment: str = "ultra"
     artifacts_uri: str = ""
     """Where a new experiment keeps artifacts; empty leaves it to the server."""
+    model_name: Annotated[str, Field(pattern=r"^[^/:@]*$")] = "llava-ultra"
+    """Registered model that checkpoints become versions of; empty registers none."""
 
 
 class PipelineConfig(Section):
@@ -511,6 +535,15 @@ class PipelineConfig(Section):
                     f"train.stages.{index}.trainable: alpha weighs two encoders, "
                     "model.vision.encoders names one"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _registers_somewhere(self) -> Self:
+        where = self.tracking
+        if self.evaluate.register_champion and not (where.uri and where.model_name):
+            raise ValueError(
+                "evaluate.register_champion needs tracking.uri and tracking.model_name"
+            )
         return self
 
     def to_yaml(self) -> str:

@@ -1,12 +1,16 @@
-"""Runs in MLflow: parameters, metrics, tables and pictures."""
+"""Runs in MLflow: what they ran on, parameters, metrics, tables and pictures."""
 
 from __future__ import annotations
 
+import json
+import platform
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
@@ -49,6 +53,12 @@ class Tracker(Protocol):
     def text(self, name: str, content: str) -> None:
         """Record a text file, name with its ending."""
 
+    def dataset(self, uri: str, digest: str, counts: Mapping[str, int], context: str) -> None:
+        """Record that the run reads a table: its content's digest, and exams by split."""
+
+    def watch_machine(self) -> None:
+        """Record load and memory of this machine until the run ends or the process does."""
+
 
 class NullTracker:
     """A tracker that keeps nothing."""
@@ -72,6 +82,12 @@ class NullTracker:
 
     def text(self, name: str, content: str) -> None:
         """Drop the text."""
+
+    def dataset(self, uri: str, digest: str, counts: Mapping[str, int], context: str) -> None:
+        """Drop the dataset."""
+
+    def watch_machine(self) -> None:
+        """Watch nothing."""
 
 
 class MlflowTracker:
@@ -120,6 +136,38 @@ class MlflowTracker:
         """Record a text file, name with its ending."""
         self._client.log_text(self.run_id, content, name)
 
+    def dataset(self, uri: str, digest: str, counts: Mapping[str, int], context: str) -> None:
+        """Record that the run reads a table, as MLflow's dataset `exams`.
+
+        Args:
+            uri: the table.
+            digest: of its content, 36 characters at most.
+            counts: split -> exams.
+            context: what for, such as `training` or `evaluation`.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name="exams",
+            digest=digest,
+            source_type=urlsplit(uri).scheme or "local",
+            source=json.dumps({"uri": uri}),
+            profile=json.dumps(counts),
+        )
+        tag = InputTag("mlflow.data.context", context)
+        self._client.log_inputs(self.run_id, datasets=[DatasetInput(dataset, [tag])])
+
+    def watch_machine(self) -> None:
+        """Record MLflow's system metrics of this machine until the run ends or the process does.
+
+        Every 10 s, or MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL; those of GPUs need nvidia-ml-py.
+        """
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        SystemMetricsMonitor(
+            self.run_id, resume_logging=True, tracking_uri=self._client.tracking_uri
+        ).start()
+
 
 @contextmanager
 def open_run(config: PipelineConfig, job: str, run_id: str = "") -> Iterator[Tracker]:
@@ -133,15 +181,11 @@ def open_run(config: PipelineConfig, job: str, run_id: str = "") -> Iterator[Tra
     if not config.tracking.uri:
         yield NullTracker()
         return
-    client = _client(config.tracking)
+    client = open_client(config.tracking.uri)
     if run_id:
         client.update_run(run_id, status="RUNNING")
     else:
-        experiment_id = _experiment_id(client, config.tracking)
-        name = f"{job}-{config.name}"
-        run_id = client.create_run(experiment_id, run_name=name, tags={"job": job}).info.run_id
-        _log_params(client, run_id, config)
-        client.log_text(run_id, config.to_yaml(), "config.yaml")
+        run_id = _create_run(client, config, job)
     try:
         yield MlflowTracker(client, run_id)
     except BaseException:
@@ -152,14 +196,14 @@ def open_run(config: PipelineConfig, job: str, run_id: str = "") -> Iterator[Tra
 
 def resume_tracker(config: TrackingConfig, run_id: str) -> Tracker:
     """Return a tracker that writes into a run another process opened."""
-    return MlflowTracker(_client(config), run_id) if run_id else NullTracker()
+    return MlflowTracker(open_client(config.uri), run_id) if run_id else NullTracker()
 
 
 def read_history(config: PipelineConfig, job: str) -> dict[str, list[tuple[int, float]]]:
     """Return metric -> (step, value) of a job's latest run under this root; empty without one."""
     if not config.tracking.uri:
         return {}
-    client = _client(config.tracking)
+    client = open_client(config.tracking.uri)
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
         return {}
@@ -178,12 +222,15 @@ def read_history(config: PipelineConfig, job: str) -> dict[str, list[tuple[int, 
 
 def find_history(config: PipelineConfig, job: str) -> dict[str, list[tuple[int, float]]]:
     """Return `read_history`; empty too where there is no database and no server answers."""
-    parts = urlsplit(config.tracking.uri)
-    if parts.scheme == "sqlite" and not Path(parts.path.removeprefix("/")).exists():
-        return {}
-    if parts.scheme in {"http", "https"} and not _listens(parts.hostname, parts.port):
-        return {}
-    return read_history(config, job)
+    return read_history(config, job) if is_there(config.tracking.uri) else {}
+
+
+def is_there(uri: str) -> bool:
+    """Return whether the database stands, or a server listens, that an address names."""
+    parts = urlsplit(uri)
+    if parts.scheme == "sqlite":
+        return Path(uri.removeprefix("sqlite:///")).exists()
+    return parts.scheme not in {"http", "https"} or _listens(parts.hostname, parts.port)
 
 
 def _listens(host: str | None, port: int | None) -> bool:
@@ -195,18 +242,47 @@ def _listens(host: str | None, port: int | None) -> bool:
     return True
 
 
-def _client(config: TrackingConfig) -> MlflowClient:
+def open_client(uri: str) -> MlflowClient:
+    """Return MLflow's client of a tracking server or database; a database's folder is made.
+
+    Raises:
+        ConfigError: for a database file in an object store.
+    """
     from mlflow import MlflowClient
 
-    if urlsplit(config.uri).scheme == "sqlite":
-        database = config.uri.removeprefix("sqlite:///")
+    if urlsplit(uri).scheme == "sqlite":
+        database = uri.removeprefix("sqlite:///")
         if "://" in database:
             raise ConfigError(
                 f"tracking.uri: a database file cannot stand at {database}; give the address of an "
                 "MLflow server, a local sqlite:///path, or '' for no tracking"
             )
         Path(database).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=config.uri)
+    return MlflowClient(tracking_uri=uri)
+
+
+def _create_run(client: MlflowClient, config: PipelineConfig, job: str) -> str:
+    """Return the id of a new run that has its configuration and its environment."""
+    from mlflow.tracking.context.registry import resolve_tags
+
+    packages = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    # MLflow's own tags: the user, the program, and its commit where it stands in a repository.
+    tags = {**resolve_tags(), "job": job, **_describe_environment(packages)}
+    experiment_id = _experiment_id(client, config.tracking)
+    run = client.create_run(experiment_id, run_name=f"{job}-{config.name}", tags=tags)
+    run_id = str(run.info.run_id)
+    _log_params(client, run_id, config)
+    client.log_text(run_id, config.to_yaml(), "config.yaml")
+    lines = sorted((f"{name}=={packages[name]}\n" for name in packages), key=str.lower)
+    client.log_text(run_id, "".join(lines), "requirements.txt")
+    return run_id
+
+
+def _describe_environment(packages: Mapping[str, str]) -> dict[str, str]:
+    tags = {name: packages[name] for name in ("ray", "torch") if name in packages}
+    if torch := sys.modules.get("torch"):  # seconds to import, for a job that computes nothing
+        tags["cuda"] = str(torch.version.cuda)
+    return {"python": platform.python_version(), "platform": platform.platform(), **tags}
 
 
 def _experiment_id(client: MlflowClient, config: TrackingConfig) -> str:

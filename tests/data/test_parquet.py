@@ -100,6 +100,18 @@ def test_a_table_is_replaced_only_when_the_new_one_is_published(tmp_path: Path) 
     assert left == {new.name, "part-of-something-else.parquet"}
 
 
+def test_the_digest_of_a_table_is_of_its_content_wherever_it_is(tmp_path: Path) -> None:
+    def digest(folder: str, *numbers: int) -> str:
+        uri = str(tmp_path / folder)
+        parquet.publish_parts(uri, [write(uri, [group(number) for number in numbers])])
+        return parquet.digest_table(uri)
+
+    first = digest("a", 1, 2)
+    assert digest("b", 1, 2) == first
+    assert len({first, digest("a", 2, 1), digest("a", 1), digest("a", 1, 3)}) == 4
+    assert len(first) == 32
+
+
 def test_no_rows_are_no_part_and_an_empty_table_is_a_table(tmp_path: Path) -> None:
     uri = str(tmp_path / "audit")
     assert parquet.write_part([], uri, AUDIT, position=0, row_group_bytes=100) is None

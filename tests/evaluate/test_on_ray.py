@@ -29,6 +29,8 @@ from ultra.evaluate.predictor import Predictor
 from ultra.evaluate.tables import summarise
 from ultra.model.checkpoint import CheckpointError
 from ultra.model.encoders import FrozenEncoders, cache_key
+from ultra.registry import register, resolve_version
+from ultra.tracking import open_run
 from ultra.types import FrameGroup
 
 Exams = list[FrameGroup]
@@ -140,6 +142,9 @@ def test_evaluate_scores_and_tracks(
     assert run.info.status == "FINISHED"
     assert run.data.metrics == pytest.approx(summary.metrics)
     assert run.data.params["evaluate.split"] == "test"
+    (used,) = run.inputs.dataset_inputs
+    assert used.dataset.digest == parquet.digest_table(config.data.exams_uri)
+    assert json.loads(used.dataset.profile) == {"test": 3, "train": 1, "validation": 1}
     artifacts = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert {
         "answers.json",
@@ -172,6 +177,24 @@ def test_evaluate_scores_and_tracks(
     assert not [name for name in rescored.metrics if "llava_med" in name]
     (latest, _) = client.search_runs([experiment.experiment_id])
     assert count_pictures(latest.info.run_id) == 3  # they are kept with the answers
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_evaluated_by_its_registered_name_becomes_the_champion(
+    random_config, random_checkpoint, write_exams, tmp_path, capsys
+) -> None:
+    more = {"register_champion": True, "register_metric": "selection/accuracy", "max_exams": 2}
+    named = "models:/llava-ultra@challenger"
+    config = configure(random_config, named, str(tmp_path), bootstrap_samples=20, **more)
+    tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    config = config.model_copy(update={"tracking": tracking})
+    with open_run(config, "train") as tracker:
+        register(tracking, tracker.run_id, random_checkpoint)
+    write_exams(config.data.exams_uri)
+    accuracy = evaluate(config).metrics["selection/accuracy"]
+    told = f"version 1 of llava-ultra: selection/accuracy {accuracy:.4g}, and there was none"
+    assert f"champion is now {told}" in capsys.readouterr().out
+    assert resolve_version("models:/llava-ultra@champion", tracking.uri) == random_checkpoint
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -25,15 +25,35 @@ from tests.serve.questions import (
     encode_image,
     find_canaries,
 )
+from ultra.config import ConfigError, load
 from ultra.data.prompts import encode_prompt
 from ultra.model import checkpoint
 from ultra.model.generation import Generator, Request
+from ultra.registry import register
 from ultra.serve.security import digest_key
+from ultra.tracking import open_run
 from ultra.types import Turn
 
 KEY = "a-key-of-the-test"
 DRAWN = {"temperature": 1.3, "top_p": 0.9}
 SEEDS = (0, -5, 2**62)
+
+
+def register_version(checkpoint: str, folder: Path) -> str:
+    """Make a checkpoint the challenger of the model `served` and return MLflow's address."""
+    uri = f"sqlite:///{folder}/mlflow.db"
+    config = load("tiny", [f"tracking.uri={uri}", "tracking.model_name=served"])
+    with open_run(config, "train") as tracker:
+        register(config.tracking, tracker.run_id, checkpoint)
+    return uri
+
+
+def test_a_version_that_is_not_there_is_not_served(tmp_path: Path, monkeypatch) -> None:
+    from ultra.serve import on_ray
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
+    with pytest.raises(ConfigError, match=r"models:/served@champion: no MLflow at 'sqlite:"):
+        on_ray.build_app({"models": {"ultra": "models:/served@champion"}})
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +67,8 @@ def address(ray_cluster, random_checkpoint, tmp_path_factory) -> Iterator[str]:
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     args = {
-        "models": {"ultra-random": random_checkpoint, "second": random_checkpoint},
+        "models": {"ultra-random": random_checkpoint, "second": "models:/served@challenger"},
+        "tracking_uri": register_version(random_checkpoint, tmp_path_factory.mktemp("mlflow")),
         "max_frames": 4,
         "max_image_mib": 1,
         "max_new_tokens": 200,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ultra.config import ConfigError, PipelineConfig, load
-from ultra.data import stream
+from ultra.data import parquet, stream
 from ultra.model import checkpoint
 from ultra.train.alone import fit_alone
 
@@ -86,6 +86,13 @@ def artifacts(config: PipelineConfig, folder: str) -> list[str]:
     return [artifact.path for artifact in client.list_artifacts(run.info.run_id, folder)]
 
 
+def registered(config: PipelineConfig) -> Any:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(config.tracking.uri)
+    return client.get_model_version_by_alias(config.tracking.model_name, "challenger")
+
+
 def test_features_and_pixels_give_the_same_run(
     prepared: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +112,10 @@ def test_features_and_pixels_give_the_same_run(
         assert final == f"{prepared}/{use}/checkpoint"
         assert checkpoint.read(final).config == config
         assert not (Path(final) / "training").exists()
+        version = registered(config)
+        assert version.tags["checkpoint"] == final
+        assert version.tags["exams"] == parquet.digest_table(config.data.exams_uri)
+        assert float(version.tags["metric.loss"]) == history(config, "loss")[-1]
         curves[use] = {n: history(config, n) for n in ("loss", "redundancy", "alpha", "entropy")}
         assert len(history(config, "samples_per_second")) == 8
         moments = artifacts(config, "understanding")

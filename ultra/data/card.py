@@ -104,24 +104,24 @@ class DataCard:
             f"<strong>Splits leak</strong>: {self.leakage['patients']} patients and "
             f"{self.leakage['contents']} sets of frames are in more than one split."
         )  # fmt: skip
-        return build_page(
-            title,
-            [
-                ("Counts", show_table([let_in])),
-                ("Splits", show_table(self.splits) + f"<p>{verdict}</p>"),
-                ("Left out, by reason", show_table(counts.reason_rows())),
-                ("Taken out of texts", show_table(_rows(counts.scrubbed, "kind"))),
-                ("Oddities of the set", show_table(_rows(counts.notes, "note"))),
-                ("Frames per exam", show_table(self.frames_per_exam)),
-                ("Repeats", show_table([dict(self.repeats)])),
-                ("Sites", show_table(self.sites)),
-                ("Modalities", show_table(self.modalities)),
-                ("Text lengths in characters", show_table(self.text_lengths)),
-                ("Conversations", show_table(self.conversations)),
-                ("Why frames were let in", show_table(self.evidence)),
-            ],
-            _PROTECT,
-        )
+        tables = [
+            ("Left out, by reason", counts.reason_rows()),
+            ("Taken out of texts", _rows(counts.scrubbed, "kind")),
+            ("Oddities of the set", _rows(counts.notes, "note")),
+            ("Frames per exam", self.frames_per_exam),
+            ("Repeats of an exam before", [dict(self.repeats)]),
+            ("Sites", self.sites),
+            ("Modalities", self.modalities),
+            ("Text lengths in characters", self.text_lengths),
+            ("Conversations", self.conversations),
+            ("Why frames were let in", self.evidence),
+        ]
+        sections = [
+            ("Counts", show_table([let_in])),
+            ("Splits", show_table(self.splits) + f"<p>{verdict}</p>"),
+            *((heading, show_table(rows)) for heading, rows in tables if rows),
+        ]
+        return build_page(title, sections, _PROTECT)
 
 
 def describe(config: DataConfig, counts: PrepareCounts) -> DataCard:

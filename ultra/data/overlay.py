@@ -204,7 +204,7 @@ def _check_share(pixels: NDArray[np.uint8], boxes: Sequence[Box]) -> None:
     share = 1 - float(mask(covered, boxes).mean())
     if share > MAX_MASKED_SHARE:
         raise ValueError(
-            f"static text covers {share:.0%} of the region; up to {MAX_MASKED_SHARE:.0%} is masked"
+            f"text covers {share:.0%} of the region; up to {MAX_MASKED_SHARE:.0%} is masked"
         )
 
 

@@ -7,6 +7,7 @@ train on, and read in large pieces. The order follows from the seed alone.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -17,6 +18,7 @@ from ultra.config import ConfigError, DataConfig
 from ultra.data import parquet, schema
 from ultra.data.collate import Sample, pick_conversation
 from ultra.data.features import features_uris, read_features, unpack
+from ultra.tracking import Tracker
 from ultra.types import Split, Stage
 
 ROW_GROUPS_PER_WINDOW = 4
@@ -79,8 +81,31 @@ def open_source(
     features = use != "pixels" and not missing
     if not features:
         pieces = [replace(piece, features_uri="") for piece in pieces]
-    splits = (parquet.read_column(part, "split") for part in parquet.part_uris(config.exams_uri))
-    return Source(tuple(pieces), features, sum(names.count("train") for names in splits))
+    return Source(tuple(pieces), features, count_splits(config.exams_uri)["train"])
+
+
+def count_splits(exams_uri: str) -> Counter[str]:
+    """Return split -> number of its exams in a table.
+
+    Raises:
+        StorageError: when there is no table of exams.
+    """
+    parts = parquet.part_uris(exams_uri)
+    return Counter(name for part in parts for name in parquet.read_column(part, "split"))
+
+
+def track_exams(tracker: Tracker, exams_uri: str, context: str) -> None:
+    """Record the table of exams that a run reads, by its content.
+
+    Args:
+        tracker: of the run.
+        exams_uri: the table.
+        context: what for, `training` or `evaluation`.
+
+    Raises:
+        StorageError: when there is no table of exams.
+    """
+    tracker.dataset(exams_uri, parquet.digest_table(exams_uri), count_splits(exams_uri), context)
 
 
 def list_pieces(exams_uri: str, cache_uri: str) -> list[Piece]:

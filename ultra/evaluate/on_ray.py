@@ -11,7 +11,7 @@ import ray.data
 from pydantic import SecretStr
 from ray.data import ActorPoolStrategy
 
-from ultra import storage
+from ultra import registry, storage
 from ultra.config import ConfigError, OtherModel, PipelineConfig
 from ultra.data import parquet, stream
 from ultra.data.on_ray import prepare
@@ -32,9 +32,10 @@ def predict(config: PipelineConfig) -> str:
     Raises:
         CheckpointError: when there is no checkpoint to answer with.
         StorageError: when there is no complete table of exams.
-        ConfigError: when the split holds no exam, or features that are required are missing.
+        ConfigError: when the split holds no exam, features that are required are missing, or
+            `evaluate.checkpoint_uri` is no version.
     """
-    config = find_exams(config)
+    config = find_exams(registry.resolve_evaluated(config))
     settings = config.evaluate
     opened = checkpoint.read(settings.checkpoint_uri)
     exam_ids = _exam_ids(config)
@@ -108,9 +109,11 @@ def evaluate(config: PipelineConfig) -> Summary:
     Raises:
         CheckpointError: when there is no checkpoint to answer with.
         StorageError: when there is no complete table of exams, or of predictions to reuse.
-        ConfigError: when the split holds no exam, or what another model needs is missing.
+        ConfigError: when the split holds no exam, what another model needs is missing, or
+            `evaluate.checkpoint_uri` is no version.
         InputError: when another model answered nothing.
     """
+    config = registry.resolve_evaluated(config)
     with open_run(config, "evaluate") as tracker:
         trained_on = config.data.exams_uri
         asked = [(other, check(other)) for other in left_to_ask(config.evaluate)]
@@ -122,11 +125,21 @@ def evaluate(config: PipelineConfig) -> Summary:
         places = dict.fromkeys([config.data.exams_uri, trained_on])
         summary = write_tables(settings, *filter(parquet.is_table, places))
         tracker.metrics(summary.metrics)
+        stream.track_exams(tracker, config.data.exams_uri, "evaluation")
         for name, rows in summary.tables.items():
             tracker.table(name, rows)
         tracker.text(MARKDOWN, read_markdown(settings.results_uri))
         track_report(config, tracker, read_predictions(uri), summary)
+        if said := registry.record_scores(config, tracker.run_id, summary.metrics, _asked(config)):
+            print(said)
     return summary
+
+
+def _asked(config: PipelineConfig) -> str:
+    """Return what names the exams that were asked about; other names, other exams."""
+    settings = config.evaluate
+    digest = parquet.digest_table(config.data.exams_uri)
+    return f"{digest} {settings.split} {settings.max_exams or 'all'}"
 
 
 def find_exams(config: PipelineConfig) -> PipelineConfig:

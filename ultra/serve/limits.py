@@ -89,8 +89,14 @@ class Limits(Section):
 class ServeArgs(Limits):
     """What serve_config.yaml says about the application.
 
-    Checkpoints are local paths or s3:// addresses, readable from every node.
+    Checkpoints are local paths or s3:// addresses, readable from every node, or versions of a
+    registered model in MLflow: models:/NAME@ALIAS or models:/NAME/3. MLflow is asked for their
+    addresses when the application is built. Serve builds again only what has other `args`: to
+    serve what an alias has moved to, name that version.
     """
+
+    tracking_uri: str = ""
+    """MLflow's address for `models:/`; empty: MLFLOW_TRACKING_URI."""
 
     deadline_s: Positive = 120
     """Seconds from a request's arrival to the end of its answer."""

@@ -9,6 +9,7 @@ through the object store and never through the ingress.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -24,6 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Gauge
 
 from ultra.data.schema import content_digest
+from ultra.registry import resolve_version
 from ultra.serve.endpoint import create_app
 from ultra.serve.events import Event, Opening, Question, Refusal, Seen
 from ultra.serve.limits import RETRY_AFTER_S, ServeArgs
@@ -213,13 +215,18 @@ def build_app(args: ServeArgs | dict[str, Any]) -> Application:
 
     The first model's deployments are called as their classes are; those of any other model have
     its name behind that, and scale by themselves.
+
+    Raises:
+        ConfigError: for a version of a registered model that MLflow does not know.
     """
     # Ray passes a plain dict where a signature's annotation is a string, as all are here.
     args = ServeArgs.model_validate(args)
     classes: Any = EncoderReplica, LanguageReplica
     models = {}
-    for number, (name, checkpoint) in enumerate(args.models.items()):
+    tracking_uri = args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    for number, (name, uri) in enumerate(args.models.items()):
         suffix = f"-{name}" if number else ""
+        checkpoint = resolve_version(uri, tracking_uri)
         models[name] = [c.options(name=c.name + suffix).bind(args, checkpoint) for c in classes]
     ingress: Any = Ingress
     app: Application = ingress.bind(args, models)

@@ -16,7 +16,7 @@ import ray.train.collective
 import torch
 from ray.train.torch import TorchTrainer
 
-from ultra import storage
+from ultra import registry, storage
 from ultra.config import ConfigError, PipelineConfig, parse
 from ultra.data import stream
 from ultra.data.on_ray import stream_rows
@@ -45,9 +45,11 @@ def fit(config: PipelineConfig) -> str:
     other machines too: `claim.MAY_CHANGE` names what may differ.
 
     Raises:
-        ConfigError: when an unfinished run of another configuration stands at the address.
+        ConfigError: when an unfinished run of another configuration stands at the address, or
+            `train.start_from` is no version.
         SystemExit: with 143 when SIGTERM came, here or at a worker, and a checkpoint is written.
     """
+    config = registry.resolve_start(config)
     storage.resolve(config.train.output_uri)
     source = stream.open_source(config.data, cache_uri(config), config.train.features)
     print(f"{source.num_exams} exams, from {'features' if source.features else 'pixels'}")
@@ -56,6 +58,7 @@ def fit(config: PipelineConfig) -> str:
         return final
     bell = hang_bell()
     with open_run(config, "train") as tracker, ring_on_sigterm(bell):
+        stream.track_exams(tracker, config.data.exams_uri, "training")
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={
@@ -78,6 +81,8 @@ def fit(config: PipelineConfig) -> str:
         if not storage.exists(final):
             print("stopped as asked to; submit the job again and it goes on", flush=True)
             raise SystemExit(128 + signal.SIGTERM)
+        if version := registry.register(config.tracking, tracker.run_id, final):
+            print(f"{version} is the challenger")
     storage.delete(storage.join(config.train.output_uri, CLAIM))
     return final
 
@@ -96,6 +101,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     config, source = parse(settings["config"]), settings["source"]
     rank = ray.train.get_context().get_world_rank()
     tracker = resume_tracker(config.tracking, settings["run_id"] if rank == 0 else "")
+    tracker.watch_machine()
     restored = ray.train.get_checkpoint()
     uri = storage.address(restored.filesystem, restored.path) if restored else ""
     uri = max(uri, settings["last"], key=place_checkpoint) or config.train.resume_from
