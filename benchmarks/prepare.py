@@ -161,7 +161,8 @@ def watch_workers() -> Iterator[Samples]:
         while not stopped.wait(0.5):
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if "write" in (title := " ".join(process.cmdline())) and "ray::" in title:
+                    # Ray names a process after the task that it runs.
+                    if " ".join(process.cmdline()).startswith("ray::Map("):
                         memory = process.memory_info()
                         own = (memory.rss - memory.shared) / MIB
                         samples.setdefault(str(process.pid), []).append((time.perf_counter(), own))
