@@ -68,7 +68,8 @@ def ring_on_sigterm(bell: Bell) -> Iterator[None]:
 def _listen(bell: Bell) -> Any:
     def ring(*_: Any) -> None:
         signal.signal(signal.SIGTERM, before)
-        bell.ring()
+        # In a thread: between two tasks of an actor, Ray aborts a process whose main thread calls.
+        threading.Thread(target=bell.ring).start()
 
     before = signal.signal(signal.SIGTERM, ring)
     return before
