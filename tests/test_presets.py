@@ -148,8 +148,8 @@ def test_the_small_twin_of_a_preset_trains_both_stages(
     assert final.name == "2-instruct-000002"
     assert (final / "language").exists() == whole
     assert (final / "adapter").exists() != whole
-    for stage in config.train.stages:
-        moments = checkpoint.read(str(final.parent / f"{stage.name}-000002")).moments()
+    for number, stage in enumerate(config.train.stages, start=1):
+        moments = checkpoint.read(str(final.parent / f"{number}-{stage.name}-000002")).moments()
         assert {part_of(name) for name in moments.masters} == set(stage.trainable)
         learnt = {part_of(name) for name, moment in moments.exp_avg.items() if moment.any()}
         assert learnt == set(stage.trainable)
