@@ -14,7 +14,7 @@ from ultra.data.importers.entry import ExamEntry
 from ultra.data.importers.formats import find_format
 from ultra.data.importers.reader import ImportedExam, MissingFiles
 from ultra.data.parquet import Part
-from ultra.types import Split
+from ultra.types import FrameGroup, Split
 
 REPORT_EVERY = 16
 """Exams between two reports of progress."""
@@ -167,7 +167,7 @@ def write_tables(
                 counts += _count_refused(error)
             else:
                 group = imported.group
-                split = entry.split or split_of(group.patient_key, config)
+                split = entry.split or _split(group, config)
                 audit.extend(_audit_rows(imported))
                 counts += _count_let_in(imported, split, entry.notes)
                 yield schema.to_row(replace(group, split=split))
@@ -182,6 +182,12 @@ def write_tables(
         _write(audit, config.audit_uri, schema.AUDIT, position, config),
         counts,
     )
+
+
+def _split(group: FrameGroup, config: DataConfig) -> Split:
+    # Nothing can be learnt from an exam without a report or conversations, but it can be asked.
+    told = group.findings or group.diagnosis or group.conversations
+    return split_of(group.patient_key, config) if told else "test"
 
 
 def _count_let_in(imported: ImportedExam, split: Split, notes: Iterable[str]) -> PrepareCounts:
