@@ -28,6 +28,7 @@ from ultra.data.on_ray import prepare
 from ultra.data.writer.on_ray import write_instructions
 from ultra.model import checkpoint
 from ultra.model.encoders import FrozenEncoders, cache_key
+from ultra.train.stage import name_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("ray_cluster")]
 
@@ -218,8 +219,9 @@ def test_train(on_s3: PipelineConfig, s3_server: SeaweedFS) -> None:
     assert "/checkpoint/connector.safetensors" in tensors
     assert tensors == digests(first.train.output_uri, ".safetensors")
     source = stream.open_source(second.data, cache_of(second), "require")
-    for stage in ("align", "instruct"):
+    for index, stage in enumerate(second.train.stages):
         for step in (2, 4):
-            progress = checkpoint.read(f"{second.train.output_uri}/{stage}-{step:06d}").progress()
+            uri = storage.join(second.train.output_uri, name_checkpoint(index, stage, step))
+            progress = checkpoint.read(uri).progress()
             used = progress.epoch * source.num_exams + len(set(progress.seen))
             assert used == step * second.train.batch_size
