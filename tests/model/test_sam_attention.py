@@ -8,9 +8,10 @@ import pytest
 import torch
 from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Attention
+from torch.nn import functional
 
 from ultra.model import sam_attention
-from ultra.model.sam_attention import FusedAttention, fuse_attention
+from ultra.model.sam_attention import FusedAttention, attend, fuse_attention
 
 
 def make_attention(height: int, width: int) -> Attention:
@@ -76,3 +77,13 @@ def test_a_whole_encoder_gives_what_it_gave(dtype: torch.dtype) -> None:
     tolerance = 1e-4 if dtype == torch.float32 else 0.1  # of values up to about 3
     torch.testing.assert_close(encoder(pixels), before, rtol=0, atol=tolerance)
     assert before.abs().max() > 1
+
+
+def test_what_a_gpu_and_a_cpu_compute_is_the_same() -> None:
+    torch.manual_seed(1)
+    q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 4)
+    bias = torch.randn(2, 3, 5, 7)
+    kernel = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    torch.testing.assert_close(attend(q, k, v, bias), kernel)
+    elsewhere = attend(*(tensor.to("meta") for tensor in (q, k, v, bias)))
+    assert elsewhere.shape == kernel.shape

@@ -1,8 +1,9 @@
-"""SAM's attention by torch's fused kernel, with the relative-position bias of a few rows at a time.
+"""SAM's attention, a few rows of queries at a time.
 
 segment-anything writes the whole attention map of every head, 64 MiB of float32 for one at 1024
-pixels, and writes it anew for each term. Here the kernel never writes it; only the bias of some
-rows of queries is. The outputs are the same but for rounding.
+pixels, and writes it anew for each term. Here only the bias of some rows is written, and on a CPU
+their map, both small enough for its cache; a GPU's fused kernel needs no map. The outputs are the
+same but for rounding.
 
 Shapes: B pictures or windows, N heads, H W grid, D channels of a head.
 """
@@ -52,13 +53,23 @@ class FusedAttention(nn.Module):
             block = slice(start, start + rows)
             bias = vertical[:, :, block, :, :, None] + horizontal[:, :, block, :, None, :]
             attended.append(
-                functional.scaled_dot_product_attention(
-                    grid[:, :, block].flatten(2, 3), k, v, attn_mask=bias.flatten(4).flatten(2, 3)
-                )
+                attend(grid[:, :, block].flatten(2, 3), k, v, bias.flatten(4).flatten(2, 3))
             )
         heads = torch.cat(attended, dim=2).transpose(1, 2)
         out: Tensor = self.proj(heads.reshape(num, height, width, -1))
         return out
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Return softmax(q k' / sqrt(D) + bias) v."""
+    if q.device.type != "cpu":
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    # Products of matrices beat torch's fused kernel for CPUs, in bfloat16 by a half.
+    scale = q.shape[-1] ** -0.5
+    weights = torch.baddbmm(
+        bias.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale
+    )
+    return torch.bmm(weights.softmax(-1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
 
 
 def fuse_attention(encoder: Any) -> None:
