@@ -57,11 +57,6 @@ class Conversation:
     closed: bool | None = None
     question_id: str = ""
 
-    @property
-    def num_characters(self) -> int:
-        """Length of all turns."""
-        return sum(len(turn.content) for turn in self.turns)
-
 
 @dataclass(frozen=True, slots=True)
 class FrameGroup:

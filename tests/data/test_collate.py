@@ -136,6 +136,16 @@ def test_visual_places_follow_the_number_of_frames() -> None:
     assert (batch.input_ids_BS == VISUAL).sum(-1).tolist() == [2 * T, 3 * T]
 
 
+def test_rows_of_like_length_in_tokens_go_together() -> None:
+    answers = {"a": "cde", "b": "c", "d": "cdef", "e": "c"}
+    samples = [make_sample(exam, 1, answer) for exam, answer in answers.items()]
+    batches = list(make_collator().batches(samples, 3))
+    assert [batch.exam_ids for batch in batches] == [("b", "e", "a"), ("d",)]
+    for batch, (start, end) in zip(batches, ((0, 3), (3, 4)), strict=True):
+        ordered = [samples[i] for i in (1, 3, 0, 2)][start:end]
+        assert np.array_equal(batch.input_ids_BS, make_collator()(ordered).input_ids_BS)
+
+
 def test_a_long_answer_loses_its_end() -> None:
     batch = make_collator(max_length=13)([make_sample("a", 1, "cdefgh")])
     assert batch.input_ids_BS.shape == (1, 13)

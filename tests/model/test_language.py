@@ -66,6 +66,35 @@ def test_without_lora_there_is_none(random_backbones) -> None:
     assert language.base is language.model
 
 
+@torch.no_grad()
+def test_lora_is_left_out_only_where_it_does_nothing(random_backbones) -> None:
+    config = LanguageConfig(weights=str(random_backbones / "language"))
+    language = LanguageBranch(config)
+    ran = []
+    for name, module in language.named_modules():
+        if name.endswith("q_proj.lora_A.default"):
+            module.register_forward_hook(lambda *_: ran.append(1))
+
+    def answer() -> tuple[torch.Tensor, bool]:
+        ran.clear()
+        ids = torch.arange(1, 8)[None]
+        return language(language.embedding(ids), torch.ones_like(ids, dtype=torch.bool)), bool(ran)
+
+    fresh, ran_fresh = answer()
+    language.skip_idle_lora(trains=False)
+    left_out, ran_left_out = answer()
+    assert (ran_fresh, ran_left_out) == (True, False)
+    assert torch.equal(fresh, left_out)
+    language.skip_idle_lora(trains=True)
+    assert answer()[1]
+    outer = [p for name, p in language.lora_parameters() if ".lora_B." in name]
+    outer[-1].fill_(0.1)
+    language.skip_idle_lora(trains=False)
+    learnt, ran_learnt = answer()
+    assert ran_learnt
+    assert not torch.equal(learnt, fresh)
+
+
 def test_the_type_is_that_of_the_config(random_backbones) -> None:
     folder = str(random_backbones / "language")
     language = LanguageBranch(LanguageConfig(weights=folder, dtype="bfloat16"))

@@ -6,7 +6,7 @@ Shapes: B samples, K frames of a group (padded) or the one picture composed of t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +57,23 @@ class Collator:
         Raises:
             ValueError: for a sample with nothing to learn from, naming the exam.
         """
+        return self._pad(samples, [self._encode(sample) for sample in samples])
+
+    def batches(self, samples: Sequence[Sample], size: int) -> Iterator[Batch]:
+        """Yield the samples as batches of a size, rows of like length in tokens together.
+
+        Raises:
+            ValueError: for a sample with nothing to learn from, naming the exam.
+        """
         texts = [self._encode(sample) for sample in samples]
+        order = sorted(range(len(samples)), key=lambda index: len(texts[index][0]))
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            yield self._pad([samples[i] for i in chosen], [texts[i] for i in chosen])
+
+    def _pad(
+        self, samples: Sequence[Sample], texts: Sequence[tuple[list[int], list[int]]]
+    ) -> Batch:
         findings = [self._encode_findings(sample.group) for sample in samples]
         input_ids_BS, text_mask_BS = pad([ids for ids, _ in texts], 0)
         labels_BS, _ = pad([labels for _, labels in texts], IGNORED)

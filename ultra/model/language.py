@@ -80,6 +80,21 @@ class LanguageBranch(nn.Module):
         """Yield the names and the parameters of LoRA."""
         return ((n, p) for n, p in self.named_parameters() if ".lora_" in n)
 
+    def skip_idle_lora(self, trains: bool) -> None:
+        """Leave LoRA out of the computation where it adds nothing and is not to learn to.
+
+        Args:
+            trains: whether it is trained; else it is idle as long as it is fresh.
+        """
+        if self.config.lora is None:
+            return
+        # A fresh LoRA's B is zero. One without values is fresh.
+        outer = [p for name, p in self.lora_parameters() if ".lora_B." in name]
+        if trains or any(not p.is_meta and bool(p.any()) for p in outer):
+            self.model.base_model.enable_adapter_layers()
+        else:
+            self.model.base_model.disable_adapter_layers()
+
     def forward(self, embeds_BSD: Tensor, mask_BS: Tensor) -> Tensor:
         """Return logits_BSV of rows with padding on their right, where they mean nothing.
 

@@ -84,7 +84,7 @@ class LlavaUltra(nn.Module):
         if teach:
             if teacher_BK is None:
                 teacher_BK = score_likelihood(
-                    self.language, visual_BKTD, findings_ids_BS, findings_mask_BS
+                    self.language, visual_BKTD, frame_mask_BK, findings_ids_BS, findings_mask_BS
                 )
             kind, temperature = selection.teacher, selection.teacher_temperature
             redundancy = redundancy_loss(scores_BK, teacher_BK, frame_mask_BK, kind, temperature)

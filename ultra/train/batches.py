@@ -55,9 +55,7 @@ def read_inputs(
             to_sample(row, run.stage.name, train.seed, model.tokens_per_frame, model.vision.dtype)
             for row in rows
         ]
-        samples.sort(key=lambda sample: sample.conversation.num_characters)
-        for start in range(0, len(samples), train.micro_batch_size):
-            batch = collate(samples[start : start + train.micro_batch_size])
+        for batch in collate.batches(samples, train.micro_batch_size):
             used(batch)
             yield to_inputs(batch, encoders, run.engine.device)
 

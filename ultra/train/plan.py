@@ -203,6 +203,7 @@ def _plan_stage(
         tokens=num_visual_tokens(config.model, assumptions.frames) + assumptions.text_tokens,
         findings=assumptions.text_tokens,
     )
+    model.language.skip_idle_lora(trains="lora" in stage.trainable)
     select_trainable(model, stage.trainable)
     parts = tuple(count_parts(model))
     steps = count_steps(stage, assumptions.exams, train.batch_size)

@@ -70,6 +70,7 @@ def begin_stage(
     if train.gradient_checkpointing:
         model.language.base.gradient_checkpointing_enable({"use_reentrant": False})
     teaching = build_teaching(config, model, start)
+    model.language.skip_idle_lora(trains="lora" in stage.trainable)
     engine = ZeroEngine(model, train, stage)
     if teaching.teacher is not None:
         teaching.teacher.to(engine.device)
