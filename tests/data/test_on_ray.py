@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -45,3 +46,26 @@ def test_a_step_has_the_same_exams_however_many_workers_share_it(
     assert read((), 4) == steps
     seen = set().union(*steps[:cut])  # as if the run had been cut off there
     assert read(seen, 4 - cut) == steps[cut:]
+
+
+def test_the_control_loop_rests_between_its_steps(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ultra.data import on_ray
+
+    steps_s: list[float] = []
+    rest = on_ray.Rest.on_execution_step
+
+    def count(self: Any, executor: Any) -> None:
+        rest(self, executor)
+        steps_s.append(time.perf_counter())
+
+    monkeypatch.setattr(on_ray.Rest, "on_execution_step", count)
+    write_exams(tmp_path / "exams", [[make_exam(i) for i in range(5)]])
+    pieces = stream.list_pieces(str(tmp_path / "exams"), "")
+    pieces = [replace(piece, features_uri="") for piece in pieces]
+    windows = list(stream.plan_windows(pieces, 3, 0, num_epochs=4))
+    (rows,) = on_ray.stream_rows(windows, (), 1, 5)
+    assert sum(table.num_rows for table in rows.iter_batches(batch_format="pyarrow")) == 20
+    assert len(steps_s) > 3
+    assert (steps_s[-1] - steps_s[0]) >= 0.01 * (len(steps_s) - 1)

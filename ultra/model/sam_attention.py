@@ -69,7 +69,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     weights = torch.baddbmm(
         bias.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale
     )
-    return torch.bmm(weights.softmax(-1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
+    attended = torch.bmm(weights.softmax(-1), v.flatten(0, 1))
+    return attended.view(*q.shape[:-1], -1)
 
 
 def fuse_attention(encoder: Any) -> None:

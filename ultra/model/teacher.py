@@ -48,8 +48,8 @@ class AttentionTeacher(nn.Module):
         self.fusion = Fusion(config.vision, config.fusion, language.width)
         # Its last norm is the one that the layer itself begins with.
         self.decoder: Any = AutoModel.from_config(settings, dtype=language.base.dtype)
-        attention = language.layers[self.layer].self_attn
-        self.query, self.key = _like(attention.q_proj), _like(attention.k_proj)
+        last: Any = language.layers[self.layer]
+        self.query, self.key = (_like(p) for p in (last.self_attn.q_proj, last.self_attn.k_proj))
         self.bos_token_id = language.tokenizer.bos_token_id
         self.head_width = getattr(settings, "head_dim", None) or (
             settings.hidden_size // settings.num_attention_heads
@@ -66,8 +66,8 @@ class AttentionTeacher(nn.Module):
             language: the language model as it stands.
             gather: makes partitioned parameters whole (ZeRO-3), for all ranks alike.
         """
-        before, last = language.layers[: self.layer], language.layers[self.layer]
-        embedding = language.embedding
+        before, embedding = language.layers[: self.layer], language.embedding
+        last: Any = language.layers[self.layer]
         parameters = [p for m in (fusion, embedding, before, last) for p in m.parameters()]
         with (gather or _as_they_are)(parameters), torch.no_grad():
             self.fusion.load_state_dict(fusion.state_dict())
@@ -75,11 +75,8 @@ class AttentionTeacher(nn.Module):
             for mine, theirs in zip(self.decoder.layers, before, strict=True):
                 mine.load_state_dict(merged_state(theirs))
             self.decoder.norm.load_state_dict(last.input_layernorm.state_dict())
-            for mine, theirs in (
-                (self.query, last.self_attn.q_proj),
-                (self.key, last.self_attn.k_proj),
-            ):
-                mine.load_state_dict(merged_state(theirs))
+            self.query.load_state_dict(merged_state(last.self_attn.q_proj))
+            self.key.load_state_dict(merged_state(last.self_attn.k_proj))
 
     @torch.no_grad()
     def forward(
@@ -128,7 +125,7 @@ class AttentionTeacher(nn.Module):
             use_cache=False,
         ).last_hidden_state
         projected: Tensor = projection(states)
-        return projected.unflatten(-1, (-1, self.head_width))
+        return projected.view(*projected.shape[:2], -1, self.head_width)
 
 
 @torch.no_grad()
