@@ -133,9 +133,7 @@ def test_the_loss_is_language_plus_weighted_redundancy(
         taught = snapshot(inputs["features"], inputs["frame_mask_BK"], *findings)
         extra = {"teacher_BK": taught}
     else:
-        taught = score_likelihood(
-            model.language, visual, inputs["frame_mask_BK"], *findings
-        )
+        taught = score_likelihood(model.language, visual, inputs["frame_mask_BK"], *findings)
     mask = inputs["frame_mask_BK"]
     redundancy = redundancy_loss(scores, taught, mask, teacher, temperature).detach()
     outputs = model(**inputs, teach=True, **extra)

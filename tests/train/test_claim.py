@@ -20,6 +20,7 @@ BASE = ["root=/r", "data.patient_key_secret=s"]
         (["train.num_workers=1", "train.zero.stage=3", "train.micro_batch_size=6"], ""),
         (["train.checkpoint_every=7", "train.keep_last=2", "tracking.uri="], ""),
         (["data.patient_key_secret=other"], ""),  # written nowhere, so it cannot differ
+        (["train.precision=bfloat16"], "train.precision"),
         (["train.batch_size=48"], "train.batch_size"),
         (["train.seed=1"], "train.seed"),
         (["train.stages.1.learning_rate=1"], "train.stages"),

@@ -329,6 +329,24 @@ def test_the_text_says_what_does_not_fit(planned: Plan) -> None:
     assert instruct.endswith("measured in the last run: none")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.precision=auto"], "float32 (what auto is without GPUs)"),
+        (["train.precision=auto", "train.gpus_per_worker=1"], "bfloat16 (what auto is on GPUs th"),
+        (["train.precision=bfloat16"], "bfloat16"),
+    ],
+)
+def test_the_plan_says_which_precision_it_assumes(overrides: list[str], said: str) -> None:
+    small = ["model.language.max_length=60", "data.max_frames=2"]
+    made = make_plan(load("tiny", [*small, *overrides]), make_assumptions())
+    assert f"ZeRO-2, {said}" in describe(made, {}).splitlines()[0]
+    width = 4 if made.precision == "float32" else 2
+    assert made.stages[0].memory[0].weights == width * sum(
+        part.parameters for part in made.stages[0].parts
+    )
+
+
 def run_plan(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     main(["plan", "--config", "tiny", "--set", "tracking.uri=", *args])
     return capsys.readouterr().out

@@ -81,6 +81,9 @@ class Plan:
 
     Attributes:
         zero: the stage of ZeRO that is configured.
+        precision: that is computed in.
+        assumes_precision: whether that is taken for granted, as `train.precision` leaves it to the
+            hardware: GPUs are taken to have bfloat16, workers without one compute in float32.
         longest: samples that memory is given for.
         encode_flops: of all frames of an exam.
         encoder_bytes: weights of the encoders, on each GPU where they run in training.
@@ -92,6 +95,7 @@ class Plan:
     workers: int
     zero: int
     precision: str
+    assumes_precision: bool
     longest: Shape
     assumptions: Assumptions
     stages: tuple[StagePlan, ...]
@@ -156,7 +160,9 @@ def make_plan(config: PipelineConfig, assumptions: Assumptions) -> Plan:
     Raises:
         ConfigError: for a model of which nothing is known.
     """
-    train, vision = config.train, config.model.vision
+    assumes_precision = config.train.precision == "auto"
+    train = config.train.settle_precision(has_bfloat16=config.train.gpus_per_worker > 0)
+    config, vision = config.model_copy(update={"train": train}), config.model.vision
     model = outline_model(config.model).to(getattr(torch, train.precision))
     with torch.device("meta"):
         teaching = build_teaching(config, model, None)
@@ -177,6 +183,7 @@ def make_plan(config: PipelineConfig, assumptions: Assumptions) -> Plan:
         workers=train.num_workers,
         zero=train.zero.stage,
         precision=train.precision,
+        assumes_precision=assumes_precision,
         longest=longest,
         assumptions=assumptions,
         stages=tuple(stages),

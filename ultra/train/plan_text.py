@@ -22,9 +22,13 @@ def describe(plan: Plan, history: History) -> str:
         history: of the last run of the same configuration; empty without one.
     """
     known, longest = plan.assumptions, plan.longest
+    precision = plan.precision
+    if plan.assumes_precision:
+        why = "on GPUs that have it" if precision == "bfloat16" else "without GPUs"
+        precision = f"{precision} (what auto is {why})"
     return "\n".join(
         [
-            f"{plan.name}: {plan.workers} workers, ZeRO-{plan.zero}, {plan.precision}",
+            f"{plan.name}: {plan.workers} workers, ZeRO-{plan.zero}, {precision}",
             f"assuming {known.exams:,} exams of {known.frames} frames and {known.text_tokens} "
             f"tokens of text, GPUs of {known.gpu_memory:g} GiB and {known.tflops:g} TFLOP/s, "
             f"{known.utilisation:.0%} of it used",
