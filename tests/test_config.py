@@ -74,7 +74,7 @@ def test_an_unknown_section_is_named() -> None:
         ("train.num_workers=0", "train.num_workers", "got 0"),
         ("train.num_workers=many", "train.num_workers", "got 'many'"),
         ("train.zero.stage=4", "train.zero.stage", "0, 1, 2 or 3"),
-        ("train.precision=float16", "train.precision", "'float32' or 'bfloat16'"),
+        ("train.precision=float16", "train.precision", "'auto', 'float32' or 'bfloat16'"),
         ("data.validation_fraction=1.5", "data.validation_fraction", "less than or equal to 1"),
         ("model.selection.pool=sum", "model.selection.pool", "'max', 'mean' or 'attention'"),
         ("model.selection.teacher_temperature=0", "model.selection.teacher_temperature", "got 0"),
@@ -346,3 +346,20 @@ def test_keys_beside_the_tree_are_refused() -> None:
 
 def test_a_tree_is_a_pipeline_config() -> None:
     assert isinstance(parse(raw_config()), PipelineConfig)
+
+
+def test_auto_is_the_precision_that_the_hardware_has() -> None:
+    settled = {
+        precision: [
+            load("tiny", [f"train.precision={precision}"])
+            .train.settle_precision(has_bfloat16=has_it)
+            .precision
+            for has_it in (False, True)
+        ]
+        for precision in ("auto", "float32", "bfloat16")
+    }
+    assert settled == {
+        "auto": ["float32", "bfloat16"],
+        "float32": ["float32", "float32"],
+        "bfloat16": ["bfloat16", "bfloat16"],
+    }

@@ -21,6 +21,7 @@ from ultra.tracking import (
     NullTracker,
     Tracker,
     find_history,
+    open_client,
     open_run,
     read_history,
     resume_tracker,
@@ -105,6 +106,15 @@ def test_a_run_goes_on_in_another_process_and_later(config: PipelineConfig) -> N
         again.metrics({"loss": 1.0}, step=2)
     assert again.run_id == tracker.run_id
     assert read_history(config, "train")["loss"] == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_run_that_mlflow_does_not_have_begins_anew(config: PipelineConfig) -> None:
+    with open_run(config, "train") as tracker:
+        pass
+    open_client(config.tracking.uri).delete_run(tracker.run_id)
+    for run_id in (tracker.run_id, "0" * 32):
+        with open_run(config, "train", run_id) as another:
+            assert another.run_id != run_id
 
 
 def test_history_is_of_the_same_root_and_job(config: PipelineConfig) -> None:

@@ -338,7 +338,9 @@ class TrainConfig(Section):
     micro_batch_size: Positive = 16
     """Samples of one forward pass of one worker."""
     zero: ZeroConfig = ZeroConfig()
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """What the model computes in; what trains has float32 masters all the same. auto: bfloat16
+    where the GPUs of all workers have it, float32 elsewhere; a run may go on on others."""
     learning_rate_scales: dict[Part, Annotated[float, Field(gt=0)]] = {"scorer": 5.0}
     """Part -> factor on a stage's rate. Projectors start as small as the token embeddings' standard
     deviation, and Adam's step does not shrink with a weight: give them about that factor."""
@@ -359,7 +361,8 @@ class TrainConfig(Section):
     through all steps and on with the last weights."""
     gradient_checkpointing: bool = False
     """Compute the language model's layers again in the backward pass instead of keeping what they
-    computed: less memory, a third more work, the same loss."""
+    computed: less memory, the same loss, a quarter more work, nearly half more where only LoRA
+    trains. A plan tells where it is needed."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     log_every: Positive = 10
     explained_exams: Annotated[int, Field(ge=0)] = 3
@@ -382,6 +385,12 @@ class TrainConfig(Section):
         if self.start_from and self.resume_from:
             raise ValueError("give start_from or resume_from, not both")
         return self
+
+    def settle_precision(self, *, has_bfloat16: bool) -> Self:
+        """Return these settings with the precision that `auto` is on some hardware."""
+        if self.precision != "auto":
+            return self
+        return self.model_copy(update={"precision": "bfloat16" if has_bfloat16 else "float32"})
 
     @property
     def gradient_accumulation(self) -> int:

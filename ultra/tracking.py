@@ -173,7 +173,8 @@ class MlflowTracker:
 def open_run(config: PipelineConfig, job: str, run_id: str = "") -> Iterator[Tracker]:
     """Yield the tracker of a new run of a job, or of the run `run_id` that goes on.
 
-    The run ends as FINISHED, or as FAILED when the block raises.
+    A run that MLflow does not have (somebody deleted it, or this is another server) begins anew. It
+    ends as FINISHED, or as FAILED when the block raises.
 
     Raises:
         ConfigError: for a database file in an object store.
@@ -182,9 +183,7 @@ def open_run(config: PipelineConfig, job: str, run_id: str = "") -> Iterator[Tra
         yield NullTracker()
         return
     client = open_client(config.tracking.uri)
-    if run_id:
-        client.update_run(run_id, status="RUNNING")
-    else:
+    if not (run_id and _reopen(client, run_id)):
         run_id = _create_run(client, config, job)
     try:
         yield MlflowTracker(client, run_id)
@@ -259,6 +258,21 @@ def open_client(uri: str) -> MlflowClient:
             )
         Path(database).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)
+
+
+def _reopen(client: MlflowClient, run_id: str) -> bool:
+    """Return whether the run is there; it is running again, then."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        there = client.get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    if there:
+        client.update_run(run_id, status="RUNNING")
+    return there
 
 
 def _create_run(client: MlflowClient, config: PipelineConfig, job: str) -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from ultra.config import ConfigError, PipelineConfig, load
 from ultra.data import parquet, stream
 from ultra.model import checkpoint
 from ultra.train.alone import fit_alone
+from ultra.train.claim import read_claim, write_claim
 
 TOLERANCE = 5e-3
 """Features are float16, and a batch of other frames may round the last bit another way."""
@@ -112,6 +118,10 @@ def test_features_and_pixels_give_the_same_run(
         assert final == f"{prepared}/{use}/checkpoint"
         assert checkpoint.read(final).config == config
         assert not (Path(final) / "training").exists()
+        # Who finds the last step's checkpoint may rely on the final one.
+        last = Path(config.train.output_uri) / "2-instruct-000004"
+        assert (last / "training").exists()
+        assert Path(final).stat().st_ctime_ns < last.stat().st_ctime_ns
         version = registered(config)
         assert version.tags["checkpoint"] == final
         assert version.tags["exams"] == parquet.digest_table(config.data.exams_uri)
@@ -241,6 +251,63 @@ def test_one_seed_gives_one_checkpoint_and_another_seed_another(prepared: Path) 
     assert "2-instruct-000002/adapter/adapter_model.safetensors" in alone
     tensors = {name: content for name, content in alone.items() if name.endswith(".safetensors")}
     assert [name for name, content in tensors.items() if content != first[name]] == []
+
+
+DIES_BEFORE_IT_REGISTERS = """
+import os, signal, sys
+from ultra import registry
+from ultra.config import load
+from ultra.train.on_ray import fit
+
+registry.register = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+fit(load(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_whose_driver_died_before_it_was_registered_is_registered_once(
+    prepared: Path,
+) -> None:
+    import ray
+    from mlflow import MlflowClient
+
+    from ultra.train.on_ray import fit
+
+    config = configure(
+        prepared,
+        "train.stages.0.steps=1",
+        "train.stages.1.steps=1",
+        "train.num_workers=1",
+        f"train.output_uri={prepared}/died",
+        f"tracking.uri=sqlite:///{prepared}/died.db",
+    )
+    file = prepared / "died.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    died = subprocess.run(
+        [sys.executable, "-c", DIES_BEFORE_IT_REGISTERS, str(file)],
+        cwd=ROOT, env=environment, capture_output=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    client = MlflowClient(config.tracking.uri)
+    claim = read_claim(config)
+    assert claim is not None
+    assert client.get_run(claim.run_id).info.status == "RUNNING"
+    assert client.search_registered_models() == []
+
+    final = fit(config)  # submitted again
+    version = registered(config)
+    assert (int(version.version), version.run_id) == (1, claim.run_id)
+    assert version.tags["checkpoint"] == final == f"{prepared}/died/checkpoint"
+    assert float(version.tags["metric.loss"]) == history(config, "loss")[-1]
+    assert len(history(config, "loss")) == 2  # no step was taken again; the run is FINISHED
+    assert read_claim(config) is None
+
+    write_claim(config, claim.run_id)  # as if the first had died a moment later
+    assert fit(config) == final
+    assert [int(v.version) for v in client.search_model_versions()] == [1]
+    runs = client.search_runs([client.get_run(claim.run_id).info.experiment_id])
+    assert [run.info.run_id for run in runs] == [claim.run_id]
 
 
 def test_an_unfinished_run_of_another_configuration_is_left_alone(prepared: Path) -> None:

@@ -20,7 +20,7 @@ from ultra.model.language import LanguageBranch, load_tokenizer
 from ultra.model.llava_ultra import LlavaUltra
 from ultra.model.outline import outline_model
 from ultra.model.trainable import count_parts, select_trainable
-from ultra.train.footprint import Shape, measure
+from ultra.train.footprint import Shape, measure, measure_both
 from ultra.train.memory import Memory, plan_memory
 from ultra.train.plan import Assumptions, Plan, make_plan
 from ultra.train.plan_text import describe
@@ -93,6 +93,10 @@ def run_for_real(
     inner = engine.engine.optimizer
     batch = make_batch(config, shape)
     model.train()
+    again = 0
+    if config.train.gradient_checkpointing:
+        again = run_a_layer(engine, batch)
+        model.language.base.gradient_checkpointing_enable({"use_reentrant": False})
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -124,7 +128,35 @@ def run_for_real(
     own = {t.untyped_storage().data_ptr() for t in weights if isinstance(t, Tensor)}
     copies = bytes_of(t for t in masters if t.untyped_storage().data_ptr() not in own)
     engine.close()
-    return {**found, "optimizer": copies + moments, "activations": activations}
+    return {**found, "optimizer": copies + moments, "activations": activations + again}
+
+
+def run_a_layer(engine: Any, batch: dict[str, Any]) -> int:
+    """Return the bytes that the last layer keeps beside its input; it is computed again at once."""
+    layer = engine.model.language.layers[-1]
+    kept: list[Tensor] = []
+    inputs: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    watch = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+
+    def enter(_module: Any, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        inputs.extend(args)
+        inputs.extend(options["position_embeddings"])
+        watch.__enter__()
+
+    hooks = [
+        layer.register_forward_pre_hook(enter, with_kwargs=True),
+        layer.register_forward_hook(lambda *_: watch.__exit__(None, None, None)),
+    ]
+    engine(**batch)
+    for hook in hooks:
+        hook.remove()
+    others = {t.untyped_storage().data_ptr() for t in [*inputs, *layer.parameters()]}
+    return bytes_of(t for t in kept if t.untyped_storage().data_ptr() not in others)
 
 
 def plan_alone(config: PipelineConfig, stage: StageConfig, shape: Shape) -> Memory:
@@ -133,7 +165,7 @@ def plan_alone(config: PipelineConfig, stage: StageConfig, shape: Shape) -> Memo
     select_trainable(model, stage.trainable)
     with torch.device("meta"):
         teaching = build_teaching(config, model, None)
-    footprint = measure(model, teaching, shape)
+    footprint = measure_both(model, teaching, shape)[config.train.gradient_checkpointing]
     return plan_memory(count_parts(model), config.train, config.train.zero.stage, footprint, 0)
 
 
@@ -161,10 +193,11 @@ def test_the_tiny_preset_holds_what_was_planned(stage: int, zero: int, precision
     compare(config, stage, model, TINY_SHAPE)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_medium_model_holds_what_was_planned(
-    zero: int, whole: bool, random_backbones: Path, tmp_path: Path
+    zero: int, whole: bool, checkpointing: bool, random_backbones: Path, tmp_path: Path
 ) -> None:
     settings = LlamaConfig(**MEDIUM)
     settings.save_pretrained(tmp_path)
@@ -173,6 +206,7 @@ def test_a_medium_model_holds_what_was_planned(
         "tiny",
         [
             f"train.zero.stage={zero}", "train.num_workers=1", "train.batch_size=12",
+            f"train.gradient_checkpointing={checkpointing}",
             f"model.language.weights={tmp_path}", f"train.stages.1.trainable={trained}",
             *(["model.language.lora=null"] if whole else []),
         ],
@@ -231,6 +265,23 @@ def test_operations_of_13b_are_those_of_its_matrices(planned: Plan) -> None:
     expected = 4 * (tokens * matrices + projectors) + 2 * attention  # LoRA, fresh, is left out
     assert align.steps < 120  # the teacher's warm-up
     assert align.flops == pytest.approx(expected, rel=0.002)
+
+
+def test_gradient_checkpointing_of_13b_is_in_its_operations_and_its_memory(planned: Plan) -> None:
+    """The layers run again, without the last product of each: no backward pass reads it."""
+    on = ["train.gradient_checkpointing=true"]
+    (align, instruct), tokens = (
+        make_plan(load("llava-ultra-13b", on), make_assumptions()).stages,
+        296,
+    )
+    matrices = 40 * (4 * 5120**2 + 2 * 5120 * 13824)
+    expected = 2 * tokens * matrices + 4 * 40 * tokens**2 * 5120
+    assert align.flops - planned.stages[0].flops == pytest.approx(expected, rel=0.002)
+    assert instruct.memory == instruct.checkpointed == planned.stages[1].checkpointed
+    inputs = 40 * 2048 * 5120 * 2
+    for plain, checkpointed in zip(planned.stages[1].memory, instruct.memory, strict=True):
+        assert inputs < checkpointed.activations < 0.15 * plain.activations
+        assert checkpointed.weights == plain.weights
 
 
 def test_the_encoders_take_what_their_sizes_say(planned: Plan) -> None:
@@ -320,13 +371,46 @@ def test_an_offloaded_optimizer_is_not_on_the_gpu() -> None:
 def test_the_text_says_what_does_not_fit(planned: Plan) -> None:
     lines = describe(planned, {"samples_per_second": [(1, 2.0)]}).splitlines()
     zero = {line.split()[0]: line for line in lines if line.startswith("  ZeRO-")}
-    assert zero["ZeRO-1"].endswith("does not fit 48 GiB under ZeRO-1")
+    total = planned.stages[1].checkpointed[1].total / 2**30
+    suggestion = f"train.gradient_checkpointing makes it {total:.2f}"
+    assert zero["ZeRO-1"].endswith(f"does not fit 48 GiB under ZeRO-1, {suggestion}")
     assert zero["ZeRO-3"].endswith("configured")
     assert any("alpha 1, scorer 5,120" in line for line in lines if "trains" in line)
     measured = 2 * planned.stages[0].flops / (4 * 312e12)
     (align, instruct) = (line for line in lines if "utilisation" in line)
     assert align.endswith(f"measured in the last run: {measured:.1%}")
     assert instruct.endswith("measured in the last run: none")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.precision=auto"], "float32 (what auto is without GPUs)"),
+        (["train.precision=auto", "train.gpus_per_worker=1"], "bfloat16 (what auto is on GPUs th"),
+        (["train.precision=bfloat16"], "bfloat16"),
+    ],
+)
+def test_the_plan_says_which_precision_it_assumes(overrides: list[str], said: str) -> None:
+    small = ["model.language.max_length=60", "data.max_frames=2"]
+    made = make_plan(load("tiny", [*small, *overrides]), make_assumptions())
+    assert f"ZeRO-2, {said}" in describe(made, {}).splitlines()[0]
+    width = 4 if made.precision == "float32" else 2
+    assert made.stages[0].memory[0].weights == width * sum(
+        part.parameters for part in made.stages[0].parts
+    )
+
+
+def test_gradient_checkpointing_is_suggested_only_where_it_is_enough() -> None:
+    small = ["model.language.max_length=60", "data.max_frames=2"]
+    plain = make_plan(load("tiny", small), make_assumptions())
+    checkpointed = plain.stages[1].checkpointed[2].total / 2**30
+    for enough, memory in ((True, 1.001), (False, 0.999)):
+        lines = describe(
+            make_plan(load("tiny", small), make_assumptions(gpu_memory=memory * checkpointed)), {}
+        ).splitlines()
+        line = [line for line in lines if line.startswith("  ZeRO-2")][-1]
+        assert "does not fit" in line
+        assert ("train.gradient_checkpointing" in line) == enough
 
 
 def run_plan(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -340,7 +424,7 @@ def test_the_command_prints_the_same_as_json(capsys: pytest.CaptureFixture[str])
     assert made["workers"] == 1
     assert [stage["name"] for stage in made["stages"]] == ["align", "instruct"]
     for stage in made["stages"]:
-        for memory in stage["memory"]:
+        for memory in stage["memory"] + stage["checkpointed"]:
             assert memory["fits"] == (memory["total"] <= 2 * 2**30)
     shown = run_plan(capsys, *args)
     total = made["stages"][1]["memory"][2]["total"] / 2**30

@@ -248,3 +248,50 @@ def test_a_run_resumes_under_another_stage_and_number_of_workers(
     for name, tensor in whole.items():
         assert (tensor - resumed[name]).abs().max() < TOLERANCE, name
     assert max((whole[n] - moved[n].detach()).abs().max() for n in whole) > 5 * TOLERANCE
+
+
+def with_precision(config: PipelineConfig, precision: str) -> PipelineConfig:
+    """The configuration with a precision, and the language model's weights in bfloat16."""
+    language = config.model.language.model_copy(update={"dtype": "bfloat16"})
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"language": language}),
+            "train": config.train.model_copy(update={"precision": precision}),
+        }
+    )
+
+
+@pytest.mark.slow
+def test_auto_is_float32_where_there_is_no_gpu(
+    ray_cluster: None, random_config: PipelineConfig, tmp_path: Path
+) -> None:
+    curves = [
+        train(with_precision(random_config, precision), tmp_path / precision, 2, workers=1)
+        for precision in ("auto", "float32")
+    ]
+    assert curves[0] == curves[1]
+    weights = torch.load(tmp_path / "auto" / "in_memory.pt").values()
+    assert {weight.dtype for weight in weights} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_run_goes_on_where_auto_is_another_precision(
+    ray_cluster: None, random_config: PipelineConfig, tmp_path: Path, before: str, after: str
+) -> None:
+    """Masters are float32 under both, so all that differs is what the steps round."""
+    from ultra.model import checkpoint
+
+    whole = train(with_precision(random_config, before), tmp_path / "whole", 2, workers=1)
+    cut = tmp_path / "whole" / "cut"
+    config = with_precision(random_config, after)
+    rest = train(config, tmp_path / "rest", 2, workers=1, start=str(cut))
+    torch.testing.assert_close(torch.tensor(rest), torch.tensor(whole[CUT:]), atol=0.02, rtol=0)
+    masters = [
+        checkpoint.read(str(folder)).moments().masters
+        for folder in (cut, tmp_path / "whole", tmp_path / "rest")
+    ]
+    moved = max((masters[1][name] - start).abs().max() for name, start in masters[0].items())
+    apart = max((masters[1][name] - ours).abs().max() for name, ours in masters[2].items())
+    assert apart < 0.5 * moved
+    assert {m.dtype for state in masters for m in state.values()} == {torch.float32}

@@ -183,6 +183,11 @@ def amend(folder: Path, config: PipelineConfig, progress: Progress | None) -> No
     (folder / CONFIG_FILE).write_text(files + config.to_yaml(), encoding="utf-8")
 
 
+def exists(uri: str) -> bool:
+    """Return whether a checkpoint stands at an address, and all of it."""
+    return storage.exists(storage.join(uri, CONFIG_FILE))
+
+
 def read(uri: str) -> Checkpoint:
     """Return the checkpoint at an address, remote content copied here once.
 

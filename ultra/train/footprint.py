@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,20 +78,16 @@ def measure(model: LlavaUltra, teaching: Teaching, shape: Shape) -> Footprint:
     kept = _Kept(model, inputs["features"])
     logits: list[Tensor] = []
     hooks = [model.language.register_forward_hook(lambda _m, _inputs, out: logits.append(out))]
-    hooks += [
-        module.register_forward_pre_hook(kept.add_input)
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    ]
+    hooks += [linear.register_forward_pre_hook(kept.add_input) for linear in _keeping(model)]
     model.train()
     with _every_value_counts(), _count() as counter:
         with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
             loss = model(**inputs)["loss"]
         forward = counter.get_total_flops()
+        for hook in hooks:  # what is computed again is kept no longer than its layer needs it
+            hook.remove()
         loss.backward()
         both = counter.get_total_flops()
-    for hook in hooks:
-        hook.remove()
     model.zero_grad(set_to_none=True)
     with _every_value_counts(), torch.no_grad(), _count() as counter:
         model(**teaching.extend(inputs, teaching.first))
@@ -107,6 +103,36 @@ def measure(model: LlavaUltra, teaching: Teaching, shape: Shape) -> Footprint:
         flops=both + taught - forward,
         teacher_flops=taught - forward,
     )
+
+
+def measure_both(
+    model: LlavaUltra, teaching: Teaching, shape: Shape
+) -> tuple[Footprint, Footprint]:
+    """Return the footprints of a pass without and with gradient checkpointing.
+
+    The latter's activations are the layers' inputs, what is kept outside the layers, and what one
+    layer has when it is computed again: one at a time is, and all are alike.
+    """
+    plain = measure(model, teaching, shape)
+    with compute_again(model):
+        kept = measure(model, teaching, shape)
+
+    def peak(name: str) -> int:
+        within: int = getattr(plain, name) - getattr(kept, name)
+        return int(getattr(kept, name)) - -within // len(model.language.layers)
+
+    names = ("activations", "partitioned_activations")
+    return plain, replace(kept, **{name: peak(name) for name in names})
+
+
+@contextmanager
+def compute_again(model: LlavaUltra) -> Iterator[None]:
+    """Let a model have gradient checkpointing for a while."""
+    model.language.base.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.language.base.gradient_checkpointing_disable()
 
 
 def measure_encoder(config: EncoderConfig, grid: int) -> tuple[int, int]:
@@ -142,6 +168,14 @@ def _inputs(model: LlavaUltra, shape: Shape) -> dict[str, Any]:
             "findings_ids_BS": torch.zeros(shape.samples, shape.findings, dtype=torch.long),
             "findings_mask_BS": torch.ones(shape.samples, shape.findings, dtype=torch.bool),
         }
+
+
+def _keeping(model: LlavaUltra) -> Iterator[nn.Linear]:
+    """Yield the linear layers whose inputs stay, under ZeRO-3, until the backward pass."""
+    again: set[nn.Module] = set()
+    if getattr(model.language.layers[0], "gradient_checkpointing", False):
+        again = set(model.language.layers.modules())
+    return (m for m in model.modules() if isinstance(m, nn.Linear) and m not in again)
 
 
 def _count() -> FlopCounterMode:

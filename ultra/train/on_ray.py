@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
 import tempfile
@@ -17,7 +18,7 @@ import torch
 from ray.train.torch import TorchTrainer
 
 from ultra import registry, storage
-from ultra.config import ConfigError, PipelineConfig, parse
+from ultra.config import PipelineConfig, parse
 from ultra.data import stream
 from ultra.data.on_ray import stream_rows
 from ultra.model import checkpoint
@@ -25,7 +26,7 @@ from ultra.model.checkpoint import Progress
 from ultra.model.encoders import FrozenEncoders, cache_key
 from ultra.tracking import Tracker, open_run, resume_tracker
 from ultra.train.batches import read_inputs
-from ultra.train.claim import find_difference
+from ultra.train.claim import delete_claim, find_ended, write_claim
 from ultra.train.loop import Inputs, run_stage
 from ultra.train.progress import UsedExams, add_up
 from ultra.train.stage import StageRun, begin_stage, describe_parts, place_checkpoint, write_stage
@@ -33,16 +34,16 @@ from ultra.train.stop.on_ray import Bell, TorchWithBell, hang_bell, ring_on_sigt
 from ultra.train.validation import Validation
 from ultra.train.watch import Moment, StageWatch
 
-CLAIM, BEST, FINAL = "config.yaml", "best", "checkpoint"
-"""Names under `train.output_uri`, beside the checkpoints of steps. The first stands there only
-while a run is unfinished."""
+BEST, FINAL = "best", "checkpoint"
+"""Names under `train.output_uri`, beside the claim and the checkpoints of steps."""
 
 
 def fit(config: PipelineConfig) -> str:
     """Run the stages and return the address of the final checkpoint.
 
     A run that was cut off goes on where its last checkpoint stands when it is submitted again, on
-    other machines too: `claim.MAY_CHANGE` names what may differ.
+    other machines too: `claim.MAY_CHANGE` names what may differ. One that was cut off at its very
+    end is only registered, under the MLflow run that trained it.
 
     Raises:
         ConfigError: when an unfinished run of another configuration stands at the address, or
@@ -54,12 +55,26 @@ def fit(config: PipelineConfig) -> str:
     source = stream.open_source(config.data, cache_uri(config), config.train.features)
     print(f"{source.num_exams} exams, from {'features' if source.features else 'pixels'}")
     final = storage.join(config.train.output_uri, FINAL)
-    if _claim(config, final):
-        return final
+    ended = find_ended(config, final)
+    with open_run(config, "train", ended.run_id if ended else "") as tracker:
+        if not ended:
+            write_claim(config, tracker.run_id)
+            _train(config, source, tracker)
+        if not checkpoint.exists(final):
+            print("stopped as asked to; submit the job again and it goes on", flush=True)
+            raise SystemExit(128 + signal.SIGTERM)
+        if version := registry.register(config.tracking, tracker.run_id, final):
+            print(f"{version} is the challenger")
+    delete_claim(config)
+    return final
+
+
+def _train(config: PipelineConfig, source: stream.Source, tracker: Tracker) -> None:
+    """Run the stages until they end, or until somebody asks to stop."""
+    stream.track_exams(tracker, config.data.exams_uri, "training")
     bell = hang_bell()
-    with open_run(config, "train") as tracker, ring_on_sigterm(bell):
-        stream.track_exams(tracker, config.data.exams_uri, "training")
-        trainer = TorchTrainer(
+    with ring_on_sigterm(bell):
+        TorchTrainer(
             train_worker,
             train_loop_config={
                 "config": config.model_dump(mode="json"),
@@ -76,15 +91,7 @@ def fit(config: PipelineConfig) -> str:
                 resources_per_worker=_resources(config),
             ),
             run_config=_run_config(config),
-        )
-        trainer.fit()
-        if not storage.exists(final):
-            print("stopped as asked to; submit the job again and it goes on", flush=True)
-            raise SystemExit(128 + signal.SIGTERM)
-        if version := registry.register(config.tracking, tracker.run_id, final):
-            print(f"{version} is the challenger")
-    storage.delete(storage.join(config.train.output_uri, CLAIM))
-    return final
+        ).fit()
 
 
 def cache_uri(config: PipelineConfig) -> str:
@@ -180,15 +187,14 @@ def _save(run: StageRun, moment: Moment) -> None:
             checkpoint.amend(folder, run.config, moment.progress)
 
         def publish(_local: ray.train.Checkpoint, _name: str) -> ray.train.Checkpoint:
-            # All of it before Ray takes note of the checkpoint: no run goes on from one that
-            # knows of a better or a final one which is not there.
-            uri = storage.join(output, moment.name)
-            storage.publish(folder, uri, last)
+            # The moment's own comes last: no run goes on from one that knows of a better or a
+            # final one which is not there.
             if moment.best:
                 storage.publish(folder, storage.join(output, BEST), last)
             if moment.final:
-                checkpoint.amend(folder, run.config, None)
-                storage.publish(folder, storage.join(output, FINAL), last)
+                _publish_final(run.config, folder)
+            uri = storage.join(output, moment.name)
+            storage.publish(folder, uri, last)
             filesystem, path = storage.resolve(uri)
             return ray.train.Checkpoint(path, filesystem)
 
@@ -201,32 +207,21 @@ def _save(run: StageRun, moment: Moment) -> None:
     ray.train.collective.barrier()
 
 
+def _publish_final(config: PipelineConfig, folder: Path) -> None:
+    """Publish what evaluation and serving need of the last checkpoint."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        shutil.copytree(folder, name, copy_function=os.link, dirs_exist_ok=True)
+        checkpoint.amend(Path(name), config, None)
+        final = storage.join(config.train.output_uri, FINAL)
+        storage.publish(Path(name), final, checkpoint.CONFIG_FILE)
+
+
 def _find_last(config: PipelineConfig) -> str:
     """Return the furthest whole checkpoint of an unfinished run; Ray may not have noted it yet."""
     output = config.train.output_uri
     names = [uri.split("/")[-2] for uri in storage.list_files(output, f"/{checkpoint.CONFIG_FILE}")]
     last = max(names, key=place_checkpoint, default="")
     return storage.join(output, last) if place_checkpoint(last) > (0, 0) else ""
-
-
-def _claim(config: PipelineConfig, final: str) -> bool:
-    """Return whether the run of the configuration is at its end, though nobody was told."""
-    claim = storage.join(config.train.output_uri, CLAIM)
-    difference = ""
-    if storage.exists(claim):
-        difference = find_difference(storage.read_bytes(claim).decode(), config)
-        if storage.exists(final) and not difference:
-            storage.delete(claim)
-            return True
-    if storage.exists(final):
-        storage.delete(config.train.output_uri)
-    elif difference:
-        raise ConfigError(
-            f"train.output_uri: {config.train.output_uri} holds an unfinished run of another "
-            f"configuration, it differs in {difference}; delete it, or give another address"
-        )
-    storage.write_bytes(claim, config.to_yaml().encode())
-    return False
 
 
 def _resources(config: PipelineConfig) -> dict[str, float]:

@@ -9,6 +9,7 @@ for other workers among it, all of which `utilisation` stands for.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +20,14 @@ from ultra.model.llava_ultra import LlavaUltra
 from ultra.model.outline import outline_model
 from ultra.model.strategies import num_visual_tokens
 from ultra.model.trainable import PartCount, count_parts, select_trainable
-from ultra.train.footprint import Shape, frame_bytes, measure, measure_encoder
+from ultra.train.footprint import (
+    Shape,
+    compute_again,
+    frame_bytes,
+    measure,
+    measure_both,
+    measure_encoder,
+)
 from ultra.train.loop import Teaching
 from ultra.train.memory import Memory, plan_memory
 from ultra.train.schedule import count_steps
@@ -57,8 +65,10 @@ class StagePlan:
     Attributes:
         parts: parameters, and whether they train.
         memory: under each stage of ZeRO.
+        checkpointed: the same with gradient checkpointing, whether it is configured or not.
         tokens: that the language model reads of an exam.
-        flops: an exam takes, its features from the cache; a mean over the stage's steps, of which
+        flops: an exam takes, its features from the cache, with what gradient checkpointing
+            computes again where it is configured; a mean over the stage's steps, of which
             those before the teacher's warm-up ends have no teacher.
         first_step: counted over all stages.
         steps: of the stage.
@@ -68,6 +78,7 @@ class StagePlan:
     name: str
     parts: tuple[PartCount, ...]
     memory: tuple[Memory, ...]
+    checkpointed: tuple[Memory, ...]
     tokens: int
     flops: float
     first_step: int
@@ -81,6 +92,10 @@ class Plan:
 
     Attributes:
         zero: the stage of ZeRO that is configured.
+        precision: that is computed in.
+        assumes_precision: whether that is taken for granted, as `train.precision` leaves it to the
+            hardware: GPUs are taken to have bfloat16, workers without one compute in float32.
+        gradient_checkpointing: whether it is configured.
         longest: samples that memory is given for.
         encode_flops: of all frames of an exam.
         encoder_bytes: weights of the encoders, on each GPU where they run in training.
@@ -92,6 +107,8 @@ class Plan:
     workers: int
     zero: int
     precision: str
+    assumes_precision: bool
+    gradient_checkpointing: bool
     longest: Shape
     assumptions: Assumptions
     stages: tuple[StagePlan, ...]
@@ -132,10 +149,8 @@ class Plan:
         stages = [
             {
                 **asdict(stage),
-                "memory": [
-                    {**asdict(memory), "total": memory.total, "fits": self.fits(memory)}
-                    for memory in stage.memory
-                ],
+                "memory": [self._judge(memory) for memory in stage.memory],
+                "checkpointed": [self._judge(memory) for memory in stage.checkpointed],
                 "flops_from_pixels": stage.flops + self.encode_flops,
                 "hours": self.stage_hours(stage, cached=True),
                 "hours_from_pixels": self.stage_hours(stage, cached=False),
@@ -144,6 +159,9 @@ class Plan:
             for stage in self.stages
         ]
         return {**asdict(self), "stages": stages, "encode_hours": self.encode_hours()}
+
+    def _judge(self, memory: Memory) -> dict[str, Any]:
+        return {**asdict(memory), "total": memory.total, "fits": self.fits(memory)}
 
 
 def make_plan(config: PipelineConfig, assumptions: Assumptions) -> Plan:
@@ -156,7 +174,9 @@ def make_plan(config: PipelineConfig, assumptions: Assumptions) -> Plan:
     Raises:
         ConfigError: for a model of which nothing is known.
     """
-    train, vision = config.train, config.model.vision
+    assumes_precision = config.train.precision == "auto"
+    train = config.train.settle_precision(has_bfloat16=config.train.gpus_per_worker > 0)
+    config, vision = config.model_copy(update={"train": train}), config.model.vision
     model = outline_model(config.model).to(getattr(torch, train.precision))
     with torch.device("meta"):
         teaching = build_teaching(config, model, None)
@@ -177,6 +197,8 @@ def make_plan(config: PipelineConfig, assumptions: Assumptions) -> Plan:
         workers=train.num_workers,
         zero=train.zero.stage,
         precision=train.precision,
+        assumes_precision=assumes_precision,
+        gradient_checkpointing=train.gradient_checkpointing,
         longest=longest,
         assumptions=assumptions,
         stages=tuple(stages),
@@ -208,12 +230,19 @@ def _plan_stage(
     parts = tuple(count_parts(model))
     steps = count_steps(stage, assumptions.exams, train.batch_size)
     taught = sum(map(teaching.due, range(first_step, first_step + steps))) / steps
-    taken, most = measure(model, teaching, mean), measure(model, teaching, longest)
+    with compute_again(model) if train.gradient_checkpointing else nullcontext():
+        taken = measure(model, teaching, mean)
+    most = measure_both(model, teaching, longest)
     teacher = sum(p.nbytes for p in teaching.teacher.parameters()) if teaching.teacher else 0
+    plain, checkpointed = (
+        tuple(plan_memory(parts, train, zero, footprint, teacher) for zero in range(4))
+        for footprint in most
+    )
     return StagePlan(
         name=stage.name,
         parts=parts,
-        memory=tuple(plan_memory(parts, train, zero, most, teacher) for zero in range(4)),
+        memory=checkpointed if train.gradient_checkpointing else plain,
+        checkpointed=checkpointed,
         tokens=taken.tokens,
         flops=taken.flops - (1 - taught) * taken.teacher_flops,
         first_step=first_step,

@@ -22,14 +22,19 @@ def describe(plan: Plan, history: History) -> str:
         history: of the last run of the same configuration; empty without one.
     """
     known, longest = plan.assumptions, plan.longest
+    precision, again = plan.precision, "with" if plan.gradient_checkpointing else "without"
+    if plan.assumes_precision:
+        why = "on GPUs that have it" if precision == "bfloat16" else "without GPUs"
+        precision = f"{precision} (what auto is {why})"
     return "\n".join(
         [
-            f"{plan.name}: {plan.workers} workers, ZeRO-{plan.zero}, {plan.precision}",
+            f"{plan.name}: {plan.workers} workers, ZeRO-{plan.zero}, {precision}",
             f"assuming {known.exams:,} exams of {known.frames} frames and {known.text_tokens} "
             f"tokens of text, GPUs of {known.gpu_memory:g} GiB and {known.tflops:g} TFLOP/s, "
             f"{known.utilisation:.0%} of it used",
             f"memory is for micro-batches of {longest.samples}, of the longest samples: "
-            f"{longest.tokens:,} tokens, pictures {longest.pictures}",
+            f"{longest.tokens:,} tokens, pictures {longest.pictures}; {again} gradient "
+            "checkpointing",
             "total is what is held, and the larger of what a pass keeps (activations, logits, "
             "features) and the step's float32 gradients; CUDA's own, about half a GiB, comes on "
             "top, and without the feature cache encoders of "
@@ -59,15 +64,20 @@ def _describe_stage(plan: Plan, stage: StagePlan, history: History) -> list[str]
         f"  utilisation  {plan.assumptions.utilisation:.1%} planned, measured in the last run: "
         f"{'none' if measured is None else f'{measured:.1%}'}",
         f"  {'GiB a GPU':<10}" + "".join(f"{column:>12}" for column in COLUMNS),
-        *(_describe_memory(plan, memory) for memory in stage.memory),
+        *(
+            _describe_memory(plan, memory, checkpointed)
+            for memory, checkpointed in zip(stage.memory, stage.checkpointed, strict=True)
+        ),
     ]
 
 
-def _describe_memory(plan: Plan, memory: Memory) -> str:
+def _describe_memory(plan: Plan, memory: Memory, checkpointed: Memory) -> str:
     values = "".join(f"{getattr(memory, column) / 2**30:>12.2f}" for column in COLUMNS)
     notes = ["configured"] if memory.zero == plan.zero else []
     if not plan.fits(memory):
         notes.append(f"does not fit {plan.assumptions.gpu_memory:g} GiB under ZeRO-{memory.zero}")
+        if plan.fits(checkpointed):
+            notes.append(f"train.gradient_checkpointing makes it {checkpointed.total / 2**30:.2f}")
     return f"  {f'ZeRO-{memory.zero}':<10}{values}  {', '.join(notes)}".rstrip()
 
 

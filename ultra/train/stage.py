@@ -21,6 +21,7 @@ from ultra.model.llava_ultra import LlavaUltra
 from ultra.model.teacher import AttentionTeacher
 from ultra.model.trainable import count_parts
 from ultra.train.loop import Schedule, Teaching
+from ultra.train.progress import add_up
 from ultra.train.schedule import count_steps, learning_rate
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def begin_stage(
     """
     from ultra.train.zero import ZeroEngine  # DeepSpeed: seconds to import, for workers only
 
-    train, stage = config.train, config.train.stages[progress.stage]
+    train = config.train.settle_precision(has_bfloat16=_all_have_bfloat16())
+    stage = train.stages[progress.stage]
     if start is not None:
         check_architecture(start.uri, start.config.model, config.model)
         check_base(start.uri, start.base, base)
@@ -129,7 +131,8 @@ def place_checkpoint(uri: str) -> tuple[int, int]:
 
 def describe_parts(run: StageRun) -> str:
     """Return the table of what a stage trains: parameters, whether they train, learning rate."""
-    lines = [f"stage {run.stage.name}", f"  {'part':<12}{'parameters':>14}  learning rate"]
+    lines = [f"stage {run.stage.name}, in {run.engine.precision}"]
+    lines += [f"  {'part':<12}{'parameters':>14}  learning rate"]
     for count in count_parts(run.model):
         if count.trainable != (count.part in run.stage.trainable):
             raise AssertionError(f"{count.part} trains: {count.trainable}, against the preset")
@@ -137,6 +140,13 @@ def describe_parts(run: StageRun) -> str:
         rate = f"{run.stage.learning_rate * scale:g}" if count.trainable else "frozen"
         lines.append(f"  {count.part:<12}{count.parameters:>14,}  {rate}")
     return "\n".join(lines)
+
+
+def _all_have_bfloat16() -> bool:
+    """Return whether every worker has a GPU made for bfloat16; every worker must call it."""
+    cuda = torch.cuda
+    has_it = cuda.is_available() and cuda.is_bf16_supported(including_emulation=False)
+    return not add_up(torch.tensor([0.0 if has_it else 1.0])).any()
 
 
 def _build_model(config: PipelineConfig, start: Checkpoint | None) -> LlavaUltra:

@@ -30,11 +30,17 @@ class ZeroEngine:
     """A model in a DeepSpeed engine, for one stage; the process group must be up.
 
     Load the weights before: what goes in afterwards reaches the optimizer's copies only.
+
+    Args:
+        model: gets the type that the configuration computes in.
+        config: with a precision that is settled.
+        stage: names what trains.
     """
 
     def __init__(self, model: LlavaUltra, config: TrainConfig, stage: StageConfig) -> None:
         self.trained = select_trainable(model, stage.trainable)
-        self.model = model
+        self.precision = config.precision
+        self.model = model.to(getattr(torch, config.precision))
         groups = [_group(model, part, names, config) for part, names in self.trained.items()]
         optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate)
         # On CPUs DeepSpeed would compile an operator of its own for reductions within a machine,
