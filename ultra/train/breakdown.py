@@ -23,7 +23,7 @@ NUM_OPERATORS = 10
 OPERATOR_COLOUR = "#7570b3"
 MAX_NAME = 34
 """Characters of an operator's name in the picture; a longer one loses its middle."""
-TEXT_ROOM = 1.45
+TEXT_ROOM = 1.5
 """Width of a panel over that of its longest bar."""
 IDLE = {Span.DATA, Span.OTHER}
 """Parts in which the model waits."""
@@ -94,29 +94,6 @@ class Breakdown:
         return [{"step": self.step, "calls": None, **row} for row in (*parts, *operators)]
 
 
-def draw_breakdown(found: Breakdown) -> Figure:
-    """Return one figure: the parts of a step above, the operators that took longest below."""
-    from matplotlib.figure import Figure
-
-    operators = found.operators[:NUM_OPERATORS]
-    heights = [len(found.parts_ms) + 1.0, len(operators) + 1.0]
-    figure = Figure(figsize=(7, 0.26 * sum(heights) + 0.4), layout="constrained")
-    above, below = figure.subplots(2, 1, height_ratios=heights)
-    figure.suptitle(f"{found.stage}: {found.step_ms:.0f} ms a step", fontsize=11)
-    parts = [
-        Bar(str(span), ms, "", CHOSEN_COLOUR if span in IDLE else VALID_COLOUR)
-        for span, ms in found.parts_ms.items()
-    ]
-    of = f"mean of {found.num_steps}, to step {found.step}"
-    _draw_bars(above, f"its parts ({of}); orange: the model waits", parts, found.step_ms)
-    ran = [Bar(_shorten(o.name), o.ms, f", {o.calls} calls", OPERATOR_COLOUR) for o in operators]
-    of = f"one forward pass and what follows, of {found.operators_ms:.0f} ms"
-    _draw_bars(
-        below, f"{found.device} time of operators themselves ({of})", ran, found.operators_ms
-    )
-    return figure
-
-
 @dataclass(frozen=True, slots=True)
 class Bar:
     """A bar of the picture; `note` comes after its milliseconds and percent."""
@@ -125,6 +102,27 @@ class Bar:
     ms: float
     note: str
     colour: str
+
+
+def draw_breakdown(found: Breakdown) -> Figure:
+    """Return one figure: the parts of a step above, the operators that took longest below."""
+    from matplotlib.figure import Figure
+
+    operators = found.operators[:NUM_OPERATORS]
+    heights = [len(found.parts_ms) + 1.0, len(operators) + 1.0]
+    figure = Figure(figsize=(7.5, 0.26 * sum(heights) + 0.4), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=heights)
+    figure.suptitle(f"{found.stage}: {found.step_ms:.0f} ms a step", fontsize=11)
+    parts = [
+        Bar(str(span), ms, "", CHOSEN_COLOUR if span in IDLE else VALID_COLOUR)
+        for span, ms in found.parts_ms.items()
+    ]
+    title = f"mean of {found.num_steps}, to step {found.step}; orange: the model waits"
+    _draw_bars(above, title, parts, found.step_ms)
+    ran = [Bar(_shorten(o.name), o.ms, f", {o.calls} calls", OPERATOR_COLOUR) for o in operators]
+    title = f"{found.device} time of operators alone, in one forward pass and what follows"
+    _draw_bars(below, title, ran, found.operators_ms)
+    return figure
 
 
 def _draw_bars(axis: Axes, title: str, bars: Sequence[Bar], whole_ms: float) -> None:
@@ -144,7 +142,5 @@ def _draw_bars(axis: Axes, title: str, bars: Sequence[Bar], whole_ms: float) -> 
 
 
 def _shorten(name: str) -> str:
-    name = name.removeprefix("aten::")
-    return (
-        name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 2]}…{name[-MAX_NAME // 2 + 1 :]}"
-    )
+    name, half = name.removeprefix("aten::"), MAX_NAME // 2
+    return name if len(name) <= MAX_NAME else f"{name[:half]}…{name[-half:]}"
