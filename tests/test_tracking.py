@@ -50,8 +50,8 @@ def record_everything(tracker: Tracker) -> None:
     tracker.figure("frames/E1", figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    for name in ("understanding/E1", "alone"):
-        tracker.picture(name, buffer.getvalue())
+    for name in ("understanding/E1.png", "alone.png"):
+        tracker.file(name, buffer.getvalue())
     tracker.text("report.html", "<p>超声</p>")
 
 

@@ -368,6 +368,9 @@ class TrainConfig(Section):
     explained_exams: Annotated[int, Field(ge=0)] = 3
     """Validation exams of which MLflow gets a picture at the end of every epoch and stage: which
     tokens scored, what each encoder says alone, and where the answer looked."""
+    profile_steps: Annotated[int, Field(ge=0)] = 3
+    """Steps of each stage that MLflow gets a picture of: where their time goes, part by part and by
+    operator. 0 for none."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

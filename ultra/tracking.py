@@ -47,8 +47,8 @@ class Tracker(Protocol):
     def figure(self, name: str, figure: Figure) -> None:
         """Record a picture as `name`.png."""
 
-    def picture(self, name: str, png: bytes) -> None:
-        """Record a picture that is drawn already as `name`.png."""
+    def file(self, name: str, content: bytes) -> None:
+        """Record a file, name with its ending."""
 
     def text(self, name: str, content: str) -> None:
         """Record a text file, name with its ending."""
@@ -77,8 +77,8 @@ class NullTracker:
     def figure(self, name: str, figure: Figure) -> None:
         """Drop the picture."""
 
-    def picture(self, name: str, png: bytes) -> None:
-        """Drop the picture."""
+    def file(self, name: str, content: bytes) -> None:
+        """Drop the file."""
 
     def text(self, name: str, content: str) -> None:
         """Drop the text."""
@@ -124,12 +124,12 @@ class MlflowTracker:
         """Record a picture as `name`.png."""
         self._client.log_figure(self.run_id, figure, f"{name}.png")
 
-    def picture(self, name: str, png: bytes) -> None:
-        """Record a picture that is drawn already as `name`.png."""
+    def file(self, name: str, content: bytes) -> None:
+        """Record a file, name with its ending."""
         folder, _, file = name.rpartition("/")
         with tempfile.TemporaryDirectory() as local:
-            path = Path(local) / f"{file}.png"
-            path.write_bytes(png)
+            path = Path(local) / file
+            path.write_bytes(content)
             self._client.log_artifact(self.run_id, str(path), folder or None)
 
     def text(self, name: str, content: str) -> None:

@@ -105,12 +105,14 @@ def test_features_and_pixels_give_the_same_run(
     from ultra.train.on_ray import fit
 
     curves = {}
-    # The pictures of validation exams are drawn in one run only: they leave the other numbers be.
+    # Pictures of validation exams and of where the time goes are drawn in one run only: they leave
+    # the other numbers be.
     for use, num_explained in (("require", 0), ("pixels", 2)):
         config = configure(
             prepared,
             f"train.features={use}",
             f"train.explained_exams={num_explained}",
+            f"train.profile_steps={num_explained}",
             f"train.output_uri={prepared}/{use}",
             f"tracking.uri=sqlite:///{prepared}/{use}.db",
         )
@@ -132,6 +134,9 @@ def test_features_and_pixels_give_the_same_run(
         assert bool(moments) == (num_explained > 0)
         for moment in moments:
             assert len(artifacts(config, moment)) == num_explained
+        profiles = artifacts(config, "profile")
+        drawn = [f"profile/{stage}.png" for stage in ("align", "instruct")]
+        assert [path for path in profiles if path.endswith(".png")] == drawn[:num_explained]
         ends = {f"understanding/{stage}-000004" for stage in ("align", "instruct")}
         assert num_explained == 0 or ends <= set(moments)
     assert all(len(curve) == 8 for curve in curves["require"].values())

@@ -72,7 +72,7 @@ def track_report(
         figure = draw_strip(exam.frames, p.scores, p.chosen, p.valid)
         tracker.figure(f"frames/{p.exam_id}", figure)
         for png in (p.picture for p in exam.predictions if p.picture is not None):
-            tracker.picture(f"understanding/{p.exam_id}", png)
+            tracker.file(f"understanding/{p.exam_id}.png", png)
     curves = read_history(config, "train")
     if curves:
         tracker.figure("training_curves", draw_curves(curves))

@@ -16,6 +16,7 @@ from ultra.model.encoders import FrozenEncoders
 from ultra.tracking import NullTracker, Tracker
 from ultra.train.batches import Row, read_inputs
 from ultra.train.loop import run_stage
+from ultra.train.profile import profile_stage
 from ultra.train.progress import StepLog
 from ultra.train.stage import begin_stage, name_checkpoint, write_stage
 
@@ -51,19 +52,20 @@ def fit_alone(
         raise ValueError(f"train.num_workers is {train.num_workers}; alone there is one worker")
     base = checkpoint.describe_base(config.model)
     start = train.start_from
-    progress = Progress()
+    progress, tracker = Progress(), tracker or NullTracker()
     _join_group()
     while progress.stage < len(train.stages):
         opened = checkpoint.read(start) if start else None
         run = begin_stage(config, progress, opened, num_exams, base)
         schedule = run.schedule
         log = StepLog(
-            tracker or NullTracker(), run.stage.name, schedule.num_steps, schedule.offset,
+            tracker, run.stage.name, schedule.num_steps, schedule.offset,
             train.batch_size, train.log_every,
         )  # fmt: skip
         steps = iter(lambda: list(islice(rows, train.batch_size)), [])
         inputs = read_inputs(run, steps, encoders, used=lambda batch: None)
-        run_stage(run.engine, inputs, schedule, run.teaching, log.add)
+        with profile_stage(run, tracker) as mark:
+            run_stage(run.engine, inputs, schedule, run.teaching, log.add, mark)
         target = folder / name_checkpoint(progress.stage, run.stage, schedule.num_steps)
         total = schedule.offset + schedule.num_steps
         progress = Progress(progress.stage + 1, 0, total)

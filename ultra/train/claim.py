@@ -18,7 +18,7 @@ CLAIM = "config.yaml"
 MAY_CHANGE = {
     "num_workers", "cpus_per_worker", "gpus_per_worker", "micro_batch_size", "zero",
     "gradient_checkpointing", "features", "max_failures", "checkpoint_every", "keep_last",
-    "log_every", "explained_exams",
+    "log_every", "explained_exams", "profile_steps",
 }  # fmt: skip
 """Keys of `train` that say how a run is computed, not what it computes."""
 

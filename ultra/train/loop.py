@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,24 @@ from ultra.model.teacher import AttentionTeacher
 
 Inputs = Mapping[str, Any]
 Metrics = dict[str, float]
+
+
+class Span(StrEnum):
+    """A part of a step, in their order; what is between steps belongs to none.
+
+    A profile tells LANGUAGE and LOSSES from FORWARD, and the likelihood teacher, by the language
+    model's calls.
+    """
+
+    DATA = "waiting for data"
+    TEACHER = "teacher"
+    FORWARD = "fusion and scorer"
+    LANGUAGE = "language model"
+    LOSSES = "losses"
+    BACKWARD = "backward"
+    UPDATE = "optimizer update"
+    OTHER = "other"
+    BETWEEN = "between steps"
 
 
 class Engine(Protocol):
@@ -103,6 +122,7 @@ def run_stage(
     schedule: Schedule,
     teaching: Teaching,
     report: Callable[[int, Metrics], bool | None],
+    mark: Callable[[Span], None] = lambda span: None,
 ) -> None:
     """Take the steps of a stage.
 
@@ -113,29 +133,39 @@ def run_stage(
         teaching: the redundancy loss.
         report: called after every step with the number of steps done and this worker's means; when
             it returns True, that was the last step.
+        mark: called where a part of a step begins, and with BETWEEN where a step ends.
 
     Raises:
         FloatingPointError: when the loss is no longer finite.
     """
     for step in range(schedule.first, schedule.num_steps):
+        mark(Span.OTHER)
         total_step = schedule.offset + step
         rate = schedule.learning_rate(step)
         engine.set_learning_rate(rate)
         torch.manual_seed(schedule.seed * 1_000_003 + total_step)
         sums: Metrics = {}
         for _ in range(schedule.accumulation):
-            inputs = teaching.extend(next(batches), total_step)
+            mark(Span.DATA)
+            batch = next(batches)
+            mark(Span.TEACHER)
+            inputs = teaching.extend(batch, total_step)
+            mark(Span.FORWARD)
             outputs = engine(**inputs)
             loss = float(outputs["loss"].detach())
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {total_step}")
+            mark(Span.BACKWARD)
             engine.backward(outputs["loss"])
+            mark(Span.UPDATE)
             engine.step()
+            mark(Span.OTHER)
             for name, value in outputs.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach()) / schedule.accumulation
         sums["learning_rate"] = rate
         alpha = engine.alpha()
         if alpha is not None:
             sums["alpha"] = alpha
+        mark(Span.BETWEEN)
         if report(step + 1, sums):
             return

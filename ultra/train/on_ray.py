@@ -28,6 +28,7 @@ from ultra.tracking import Tracker, open_run, resume_tracker
 from ultra.train.batches import read_inputs
 from ultra.train.claim import delete_claim, find_ended, write_claim
 from ultra.train.loop import Inputs, run_stage
+from ultra.train.profile import profile_stage
 from ultra.train.progress import UsedExams, add_up
 from ultra.train.stage import StageRun, begin_stage, describe_parts, place_checkpoint, write_stage
 from ultra.train.stop.on_ray import Bell, TorchWithBell, hang_bell, ring_on_sigterm
@@ -149,7 +150,8 @@ def _run(
         run, progress, source, tracker, validation, partial(_save, run), asked_to_stop
     )
     inputs = _inputs(run, source, encoders, watch.used)
-    run_stage(run.engine, inputs, run.schedule, run.teaching, watch)
+    with profile_stage(run, tracker) as mark:
+        run_stage(run.engine, inputs, run.schedule, run.teaching, watch, mark)
     assert watch.kept is not None, "a stage ends with a checkpoint"
     return watch.kept
 
@@ -241,5 +243,8 @@ def _run_config(config: PipelineConfig) -> ray.train.RunConfig:
         failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
         checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.train.keep_last),
         # Ray's patch of `print` prints twice where a library has wrapped stdout, as some here do.
-        worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
+        # Kineto, in torch's profiler, reports that it begins, and that there is no GPU, as errors.
+        worker_runtime_env={
+            "env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "KINETO_LOG_LEVEL": "99"}
+        },
     )
