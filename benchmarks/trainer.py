@@ -121,6 +121,7 @@ def configure(root: Path, patients: int, *overrides: str) -> PipelineConfig:
             "train.num_workers=1",
             "train.micro_batch_size=24",
             "train.explained_exams=0",
+            "train.profile_steps=0",
             "tracking.uri=''",
             *overrides,
         ],
