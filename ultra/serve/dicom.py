@@ -1,4 +1,8 @@
-"""DICOM files into frames that a question may hold, by the same path as `prepare`."""
+"""DICOM files into frames that a question may hold, by the same path as `prepare`.
+
+With `ultra[ocr]` installed letters are read and masked here too. The reader is loaded when the
+first file comes, and takes 230 MB of each ingress.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 from ultra.config import DataConfig
 from ultra.data.dicom import is_dicom, read_dicom
 from ultra.data.frames import is_jpeg, sample_evenly
+from ultra.data.ocr import open_reader
 from ultra.serve.limits import ApiError, Limits, too_busy
 
 MAX_TOTAL_PIXELS = 500_000_000
@@ -53,6 +58,7 @@ def read_frames(data: bytes, limits: Limits) -> list[Found]:
             max_frames=limits.max_frames,
             duplicate_threshold=DataConfig().duplicate_threshold,
             max_total_pixels=MAX_TOTAL_PIXELS,
+            reader=open_reader("auto"),
         )
     except ValueError as error:
         raise ApiError(str(error), code="dicom_refused") from None
