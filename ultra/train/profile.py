@@ -1,7 +1,7 @@
 """Where the time of a step goes: the clock tells its parts apart, torch's profiler its operators.
 
-The profiler slows down what it records, and takes a tenth of a millisecond to read each event. So
-it records one forward pass, with what follows it to the end of a step, that the clock leaves out.
+The profiler slows down what it records, and its events by the ten thousand are slow to read. So it
+records one forward pass, with what follows it to the end of a step, that the clock leaves out.
 """
 
 from __future__ import annotations
