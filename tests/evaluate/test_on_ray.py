@@ -77,13 +77,13 @@ def test_predict_answers_a_split(
     write_exams(config.data.exams_uri)
     found = read_predictions(predict(config))
     wanted = [p for p in expected if p.exam_id in exam_ids]
-    # Scores came as float32; everything else is the same to the letter.
+    # Scores came as float32, from batches cut elsewhere; all else is the same to the letter.
     plain = [replace(p, scores=(), picture=None) for p in found]
     assert plain == [replace(p, scores=()) for p in wanted]
     assert {p.exam_id for p in found if p.picture} == exam_ids  # three at most
     assert len([p for p in found if p.picture]) == len(exam_ids)
     for p, q in zip(found, wanted, strict=True):
-        assert p.scores == pytest.approx(q.scores)
+        assert p.scores == pytest.approx(q.scores, abs=1e-5)
 
 
 @pytest.mark.usefixtures("ray_cluster")

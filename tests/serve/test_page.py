@@ -412,7 +412,7 @@ def test_a_cine_is_opened_by_the_endpoint(browser) -> None:
         watched.page.set_input_files("#files", [cine, refused])
         expect(watched.page.locator(".frame")).to_have_count(4)
         expect(watched.page.locator("#caption")).to_contain_text("color3d_jpeg_baseline.dcm#0")
-        expect(watched.page.locator("#caption")).to_contain_text("static check over time")
+        expect(watched.page.locator("#caption")).to_contain_text("over time found text, masked")
         expect(watched.page.locator("#trouble")).to_contain_text(
             "examples_ybr_color.dcm: 请求被拒绝"
         )

@@ -57,7 +57,7 @@ class PlainEngine:
         self.optimizer.param_groups[0]["lr"] = rate
 
     def alpha(self) -> float:
-        return float(self.model.fusion.alpha[0])
+        return self.model.fusion.alpha[0].item()
 
     def gather(self, parameters: Any) -> Any:
         return nullcontext()
