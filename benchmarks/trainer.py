@@ -3,18 +3,20 @@
     python -m benchmarks.trainer
     python -m benchmarks.trainer --quick   # small; prints its result and keeps nothing
 
-Both train the same parts of the same model on the same simulated exams: tiny encoders, a random
-LLaMA of 256 channels and 6 layers, aligned for one epoch, instructed with LoRA for three, with as
-many rows of text in a step and in a forward pass. The Trainer's model decodes and encodes frames in
-every step, as LLaVA does, and its rows are padded. It shows the language model one frame of an
-exam, or the text with every frame in turn, as prior practice has it. ultra encodes every frame of
-every exam once, which is counted, and chooses among them, taught by attention.
+Both train the same parts of the same model on all conversations of the same simulated exams: tiny
+encoders, a random LLaMA of 256 channels and 6 layers, aligned for one epoch, instructed with LoRA
+for another, as `llava-ultra-7b` does. The Trainer's model decodes and encodes frames in every step,
+as LLaVA does; its rows are a conversation each, and padded. It shows the language model one frame
+of an exam, or the text with every frame in turn, as prior practice has it. ultra encodes every
+frame of every exam once, which is counted, and chooses among them, taught by attention; its rows
+are an exam each, the conversations behind the frame they share. `tokens_per_batch` says how many
+tokens, filling included, a forward pass of each has: ultra's has no more.
 
-A sample is one exam's text in one epoch, whatever frames it was shown with. Counted is everything
+A sample is one conversation in one epoch, whatever frames it was shown with. Counted is everything
 from the exams on disk to the final weights, each in a process of its own with as many threads as
 there are cores, the processes in turn. Then follows what each measure brings, by leaving it out;
 and what users run, the jobs on a Ray cluster, with one worker of one thread, and with two on twice
-as many rows a step.
+as many exams a step.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -31,6 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 from unittest import mock
 
@@ -44,26 +48,41 @@ from benchmarks.features import MANY_EPOCHS, cache_uri, encode, write_exams
 from benchmarks.stand import make_language, spread, write_result
 from ultra.config import PipelineConfig, StageConfig, load
 from ultra.data import schema, stream
-from ultra.data.collate import Collator, Sample, pad, pick_conversation
+from ultra.data.collate import Collator, Sample, pad, pick_conversations
 from ultra.data.encoding.on_ray import encode as encode_on_ray
 from ultra.data.prompts import encode_conversation
 from ultra.model.encoders import FrozenEncoders
-from ultra.model.language import LanguageBranch
+from ultra.model.language import LanguageBranch, load_tokenizer
 from ultra.model.llava_ultra import LlavaUltra
+from ultra.model.packing import plan_packing
 from ultra.model.pictures import decode
 from ultra.model.splice import splice
+from ultra.model.strategies import num_visual_tokens
 from ultra.model.trainable import select_trainable
 from ultra.tracking import read_history
 from ultra.train.alone import fit_alone
 from ultra.train.on_ray import fit
-from ultra.types import IGNORED, Batch, FrameGroup
+from ultra.types import IGNORED, Batch, Conversation, FrameGroup
 
-TWO_PASSES = "train.micro_batch_size=12"
+ROWS = 24
+"""Of the Trainer, in a step."""
+EXAMS = 8
+"""Of ultra, in a step."""
+TWO_PASSES = f"train.micro_batch_size={EXAMS // 2}"
+ROW_EACH = (
+    "train.stages.0.conversations=one",
+    "train.stages.0.epochs=2",
+    "train.stages.1.conversations=one",
+    "train.stages.1.epochs=8",
+    f"train.batch_size={ROWS}",
+    f"train.micro_batch_size={ROWS}",
+)
 MEASURES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "all": ((), ()),
     "from pixels in every step": (("train.features=pixels",), ()),
     "the text with every frame": (("model.selection.strategy=each",), ()),
     "no teacher": (("model.selection.teacher=none",), ()),
+    "a row for each conversation": (ROW_EACH, ()),
     "two passes": ((TWO_PASSES,), ()),
     "two passes, no packing": ((TWO_PASSES,), ("packing",)),
     "two passes, no packing, no grouping": ((TWO_PASSES,), ("packing", "grouping")),
@@ -78,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args(argv)
-    patients, rounds = (24, 1) if args.quick else (100, 3)
+    patients, rounds = (24, 1) if args.quick else (60, 3)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         width, layers = (64, 2) if args.quick else (256, 6)
@@ -86,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = configure(root, patients)
         write_exams(config)
         result = compare(root, patients, rounds) | {
+            "tokens_per_batch": count_tokens(config),
             "measures": leave_out(root, patients, rounds),
             "on_ray": scale(root, patients, rounds),
         }
@@ -115,11 +135,12 @@ def configure(root: Path, patients: int, *overrides: str) -> PipelineConfig:
             "model.selection.teacher=attention",
             "model.selection.teacher_warmup_steps=10",
             "train.stages.0={name: align, trainable: [projectors, alpha, scorer], epochs: 1, "
-            "learning_rate: 1.0e-3}",
+            "learning_rate: 1.0e-3, conversations: all}",
             "train.stages.1={name: instruct, trainable: [projectors, alpha, scorer, lora], "
-            "epochs: 3, learning_rate: 1.0e-3}",
+            "epochs: 1, learning_rate: 1.0e-3, conversations: all}",
             "train.num_workers=1",
-            "train.micro_batch_size=24",
+            f"train.batch_size={EXAMS}",
+            f"train.micro_batch_size={EXAMS}",
             "train.explained_exams=0",
             "train.profile_steps=0",
             "tracking.uri=''",
@@ -188,10 +209,7 @@ def _run(
     shutil.rmtree(config.data.features_uri, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as switched:
         if "packing" in off:
-            apart = mock.patch(
-                "ultra.model.packing.fit", lambda rows: [[i] for i in range(len(rows))]
-            )
-            switched.enter_context(apart)
+            switched.enter_context(mock.patch("ultra.model.packing.fit", _apart))
         if "grouping" in off:
             switched.enter_context(mock.patch.object(Collator, "batches", _in_order))
         return train(config, Path(folder), *args)
@@ -215,14 +233,15 @@ def train_by_ultra(config: PipelineConfig, folder: Path) -> float:
     windows = stream.plan_windows(source.pieces, config.train.seed, 0, MANY_EPOCHS)
     rows = (row for window in windows for row in stream.read_window(window, ()))
     fit_alone(config, rows, source.num_exams, folder, encoders=encoders)
-    return count_samples(config, source.num_exams) / (time.perf_counter() - begun_s)
+    seconds = time.perf_counter() - begun_s
+    return count_samples(config, read_groups(config)) / seconds
 
 
 def scale(root: Path, patients: int, rounds: int) -> dict[str, Any]:
     """Return what the jobs give on a Ray cluster with one worker and with two.
 
     `whole` counts encoding, the start of every process and the checkpoints, as above; `stepping`
-    are the samples per second between the steps of the second stage, without its first two.
+    are the exams per second between the steps of the second stage, without its first two.
     """
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     whole: dict[int, list[float]] = {1: [], 2: []}
@@ -251,8 +270,7 @@ def train_on_ray(root: Path, patients: int, workers: int, name: str) -> tuple[fl
         patients,
         f"train.num_workers={workers}",
         "train.cpus_per_worker=0.5",
-        f"train.batch_size={12 * workers}",
-        "train.micro_batch_size=12",
+        f"train.batch_size={EXAMS * workers}",
         "train.log_every=1",
         "encode={num_replicas: 2, cpus_per_replica: 0.5}",
         f"train.output_uri={root}/{name}",
@@ -265,27 +283,33 @@ def train_on_ray(root: Path, patients: int, workers: int, name: str) -> tuple[fl
     encode_on_ray(config.data, config.encode, build, cache_uri(config))
     fit(config)
     seconds = time.perf_counter() - begun_s
-    num_exams = stream.count_splits(config.data.exams_uri)["train"]
+    groups = read_groups(config)
     history = read_history(config, "train")["samples_per_second"]
-    align = -(-num_exams // config.train.batch_size)
+    align = -(-len(groups) // config.train.batch_size)
     rates = [rate for step, rate in history if step > align + 2]
-    return count_samples(config, num_exams) / seconds, len(rates) / sum(1 / r for r in rates)
+    return count_samples(config, groups) / seconds, len(rates) / sum(1 / r for r in rates)
 
 
-class Rows(Dataset[tuple[FrameGroup, int]]):
-    """Exams with one of their frames, or with each in turn."""
+Row = tuple[FrameGroup, Conversation, int]
+"""An exam, one of its conversations, and the frame it is shown with."""
 
-    def __init__(self, groups: Sequence[FrameGroup], every_frame: bool) -> None:
+
+class Rows(Dataset[Row]):
+    """The conversations of a stage with one frame, or with each in turn."""
+
+    def __init__(self, groups: Sequence[FrameGroup], stage: str, every_frame: bool) -> None:
         self.rows = [
-            (group, place)
+            (group, conversation, place)
             for group in groups
+            for conversation in group.conversations
+            if conversation.stage == stage
             for place in range(len(group.frames) if every_frame else 1)
         ]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[FrameGroup, int]:
+    def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
 
@@ -321,12 +345,12 @@ def train_by_trainer(config: PipelineConfig, folder: Path, every_frame: bool) ->
         trainer = Trainer(
             model=wrapped,
             args=make_arguments(config, stage, folder),
-            train_dataset=Rows(groups, every_frame),
-            data_collator=partial(collate, config, encoders, model, stage),
+            train_dataset=Rows(groups, stage.name, every_frame),
+            data_collator=partial(collate, config, encoders, model.language.tokenizer),
         )
         trainer.train()
     torch.save(model.state_dict(), folder / "model.pt")
-    return count_samples(config, len(groups)) / (time.perf_counter() - begun_s)
+    return count_samples(config, groups) / (time.perf_counter() - begun_s)
 
 
 def make_arguments(config: PipelineConfig, stage: StageConfig, folder: Path) -> TrainingArguments:
@@ -335,8 +359,7 @@ def make_arguments(config: PipelineConfig, stage: StageConfig, folder: Path) -> 
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=stage.epochs or 1,
-        per_device_train_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation,
+        per_device_train_batch_size=ROWS,
         learning_rate=stage.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=stage.warmup_fraction,  # below 1: a share
@@ -353,26 +376,18 @@ def make_arguments(config: PipelineConfig, stage: StageConfig, folder: Path) -> 
 
 
 def collate(
-    config: PipelineConfig,
-    encoders: FrozenEncoders,
-    model: LlavaUltra,
-    stage: StageConfig,
-    rows: Sequence[tuple[FrameGroup, int]],
+    config: PipelineConfig, encoders: FrozenEncoders, tokenizer: Any, rows: Sequence[Row]
 ) -> dict[str, Any]:
     """Return the inputs of `OneFrameModel` for rows: pixels, and ids padded to the longest."""
-    language, texts = config.model.language, []
-    for group, _ in rows:
-        conversation = pick_conversation(group, stage.name, config.train.seed, epoch=0)
-        texts.append(
-            encode_conversation(
-                model.language.tokenizer, language.template, conversation.turns,
-                config.model.tokens_per_frame,
-            )
-        )  # fmt: skip
+    language, num_visual = config.model.language, config.model.tokens_per_frame
+    texts = [
+        encode_conversation(tokenizer, language.template, conversation.turns, num_visual)
+        for _, conversation, _ in rows
+    ]
     ids, mask = pad([ids[: language.max_length] for ids, _ in texts], 0)
     labels, _ = pad([labels[: language.max_length] for _, labels in texts], IGNORED)
     return {
-        "pixels": [encoders.preprocess(decode(group.frames[place])) for group, place in rows],
+        "pixels": [encoders.preprocess(decode(group.frames[place])) for group, _, place in rows],
         "input_ids": torch.from_numpy(ids),
         "attention_mask": torch.from_numpy(mask).long(),
         "labels": torch.from_numpy(labels),
@@ -386,9 +401,47 @@ def read_groups(config: PipelineConfig) -> list[FrameGroup]:
     return [schema.from_row(row) for row in rows]
 
 
-def count_samples(config: PipelineConfig, num_exams: int) -> int:
-    """Return the texts that are learnt: every exam's in every epoch of both stages."""
-    return num_exams * sum(stage.epochs or 0 for stage in config.train.stages)
+def count_samples(config: PipelineConfig, groups: Sequence[FrameGroup]) -> int:
+    """Return the conversations that are learnt in all epochs of both stages."""
+    return sum(
+        (stage.epochs or 0) * len(pick_conversations(group, stage, config.train.seed, epoch=0))
+        for stage in config.train.stages
+        for group in groups
+    )
+
+
+def count_tokens(config: PipelineConfig) -> dict[str, dict[str, int]]:
+    """Return stage -> the tokens of a mean forward pass, filling included, on both sides."""
+    groups, encoders = read_groups(config), FrozenEncoders(config.model)
+    tokenizer = load_tokenizer(Path(config.model.language.weights))
+    language = config.model.language
+    found: dict[str, dict[str, int]] = {}
+    for stage in config.train.stages:
+        rows = Rows(groups, stage.name, every_frame=False).rows
+        random.Random(0).shuffle(rows)
+        whole = range(0, len(rows) - ROWS + 1, ROWS)
+        theirs = [
+            collate(config, encoders, tokenizer, rows[i : i + ROWS])["input_ids"].numel()
+            for i in whole
+        ]
+        collator = Collator(
+            tokenizer, language.template, partial(num_visual_tokens, config.model),
+            language.max_length,
+        )  # fmt: skip
+        samples = [
+            Sample(group, pick_conversations(group, stage, config.train.seed, 0), None)
+            for group in random.Random(0).sample(groups, len(groups))
+        ]
+        batches = collator.batches(samples[: len(samples) // EXAMS * EXAMS], EXAMS)
+        ours = [
+            plan_packing(*(torch.from_numpy(a) for a in (b.text_mask_BS, b.conversation_BS)))
+            for b in batches
+        ]
+        found[stage.name] = {
+            "trainer": round(mean(theirs)),
+            "ultra": round(mean(packing.source_PL.numel() for packing in ours)),
+        }
+    return found
 
 
 if __name__ == "__main__":

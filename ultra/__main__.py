@@ -21,6 +21,7 @@ HELP = {
     "exams": "exams of the training split",
     "frames": "frames of a mean exam",
     "text_tokens": "tokens of a mean conversation",
+    "conversations": "conversations of a mean exam, for stages that train on all of them",
     "gpu_memory": "GiB of a GPU",
     "utilisation": "share of a GPU's peak that training reaches",
     "tflops": "peak of a GPU, in 10^12 operations a second",

@@ -299,6 +299,10 @@ class StageConfig(Section):
     epochs: Positive | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     warmup_fraction: Fraction = 0.03
+    conversations: Literal["one", "all"] = "one"
+    """Of an exam in an epoch: one, another each time; or with it all that `language.max_length` has
+    room for, behind the visual tokens, which they share and do not compute again. None sees
+    another, and an exam counts as much as before: its loss is the mean of theirs."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

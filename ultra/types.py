@@ -88,7 +88,7 @@ class FrameGroup:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded samples of one step, as numpy arrays; a sample is one conversation of an exam.
+    """Padded samples of one step, as numpy arrays; a sample is an exam with a row of text.
 
     Attributes:
         epochs: the pass over the exams that each sample belongs to.
@@ -98,6 +98,8 @@ class Batch:
         input_ids_BS: text ids with VISUAL where visual tokens go.
         labels_BS: the id on assistant turns, IGNORED elsewhere.
         text_mask_BS: True where a token is real.
+        conversation_BS: number of the conversation that a token belongs to, counted from 1; 0 for
+            what all of a row begin with. They stand in order, padding last.
         findings_ids_BS: ids of the report's findings, the text the redundancy teacher reads.
         findings_mask_BS: True where a findings token is real.
     """
@@ -110,6 +112,7 @@ class Batch:
     input_ids_BS: NDArray[np.int64]
     labels_BS: NDArray[np.int64]
     text_mask_BS: NDArray[np.bool_]
+    conversation_BS: NDArray[np.int64]
     findings_ids_BS: NDArray[np.int64]
     findings_mask_BS: NDArray[np.bool_]
 

@@ -14,7 +14,7 @@ from benchmarks import trainer
 from benchmarks.features import write_exams
 from benchmarks.stand import make_language
 from tests.conftest import ROOT
-from ultra.data.collate import Collator, Sample, pick_conversation
+from ultra.data.collate import Collator, Sample
 from ultra.model.encoders import FrozenEncoders
 from ultra.model.language import LanguageBranch
 from ultra.model.llava_ultra import LlavaUltra
@@ -22,30 +22,31 @@ from ultra.model.strategies import num_visual_tokens
 from ultra.train.batches import to_inputs
 
 
-def test_a_row_has_the_same_loss_on_both_sides(tmp_path) -> None:
+def test_an_exam_has_the_same_loss_on_both_sides(tmp_path) -> None:
     make_language(tmp_path / "language", 64, 2)
     config = trainer.configure(tmp_path, 2, "model.selection.strategy=first")
     write_exams(config)
     groups = trainer.read_groups(config)
-    assert len(trainer.Rows(groups, every_frame=False)) == len(groups)
-    assert len(trainer.Rows(groups, every_frame=True)) == sum(len(g.frames) for g in groups)
     encoders = FrozenEncoders(config.model)
     model = LlavaUltra(config.model, LanguageBranch(config.model.language)).eval()
-    stage = config.train.stages[1]
-    rows = [(groups[0], 0)]
+    theirs = trainer.OneFrameModel(model, encoders)
+    tokenizer, language = model.language.tokenizer, config.model.language
+    collate = Collator(
+        tokenizer, language.template, partial(num_visual_tokens, config.model), language.max_length
+    )
+    rows = trainer.Rows(groups[:1], "instruct", every_frame=False)
+    conversations = [conversation for _, conversation, _ in rows.rows]
+    every = trainer.Rows(groups[:1], "instruct", every_frame=True)
+    assert len(every) == len(groups[0].frames) * len(rows) > len(rows) > 1
     with torch.no_grad():
-        inputs = trainer.collate(config, encoders, model, stage, rows)
-        theirs = trainer.OneFrameModel(model, encoders)(**inputs)["loss"]
-        collate = Collator(
-            model.language.tokenizer,
-            config.model.language.template,
-            partial(num_visual_tokens, config.model),
-            config.model.language.max_length,
-        )
-        conversation = pick_conversation(groups[0], stage.name, config.train.seed, 0)
-        batch = collate([Sample(groups[0], conversation, None)])
+        losses = [
+            theirs(**trainer.collate(config, encoders, tokenizer, [row]))["loss"]
+            for row in rows.rows
+        ]
+        batch = collate([Sample(groups[0], conversations, None)])
         ours = model(**to_inputs(batch, encoders, torch.device("cpu")))["language"]
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    # Here an exam's conversations are one row, whose loss is the mean of theirs.
+    torch.testing.assert_close(ours, torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

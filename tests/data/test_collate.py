@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from string import ascii_lowercase
+from typing import Any
 
 import numpy as np
 import pytest
 
-from ultra.data.collate import Collator, Sample, pad, pick_conversation
+from ultra.config import StageConfig
+from ultra.data.collate import Collator, Sample, join, pad, pick_conversations
 from ultra.types import IGNORED, VISUAL, Conversation, FrameGroup, Turn
 
 T, CLIP, SAM = 4, 5, 6
@@ -53,7 +55,9 @@ def make_sample(
         for name, width in (("clip", CLIP), ("sam", SAM))
     }
     conversation = Conversation("align", "findings", turns)
-    return Sample(group, conversation, arrays if features else None, epoch=ord(exam_id) - ord("a"))
+    return Sample(
+        group, [conversation], arrays if features else None, epoch=ord(exam_id) - ord("a")
+    )
 
 
 def test_a_composite_is_the_group_s_only_picture() -> None:
@@ -126,7 +130,7 @@ def test_without_features_the_frames_travel() -> None:
 def test_frames_are_counted_where_only_their_features_are_there() -> None:
     group = make_group("a", 3, frames=())
     sample = make_sample("a", 3, "c")
-    batch = make_collator()([Sample(group, sample.conversation, sample.features)])
+    batch = make_collator()([Sample(group, sample.conversations, sample.features)])
     assert batch.frame_mask_BK.tolist() == [[True] * 3]
 
 
@@ -163,12 +167,12 @@ def test_an_impossible_conversation_names_its_exam() -> None:
     group = make_group("b", 1)
     conversation = Conversation("align", "findings", (Turn("assistant", "c"),))
     with pytest.raises(ValueError, match="exam b: turn 0 must be the user's"):
-        make_collator()([Sample(group, conversation, None)])
+        make_collator()([Sample(group, [conversation], None)])
 
 
 def test_without_findings_the_teacher_reads_the_diagnosis() -> None:
     group = make_group("a", 1, findings="", diagnosis="yz")
-    sample = Sample(group, make_sample("a", 1, "c").conversation, None)
+    sample = Sample(group, make_sample("a", 1, "c").conversations, None)
     assert make_collator()([sample]).findings_ids_BS.tolist() == [[1, 35, 36]]
 
 
@@ -183,6 +187,13 @@ def test_padding_goes_to_the_right() -> None:
     assert mask.tolist() == [[True, False, False], [True] * 3, [True, True, False]]
 
 
+def pick(group: FrameGroup, name: str, seed: int, epoch: int, which: str = "one") -> list[str]:
+    stage = StageConfig.model_validate(
+        {"name": name, "trainable": ["scorer"], "epochs": 1, "conversations": which}
+    )
+    return [c.task for c in pick_conversations(group, stage, seed, epoch)]
+
+
 def conversations(*names: str) -> tuple[Conversation, ...]:
     return tuple(
         Conversation(stage, task, (Turn("user", "q"), Turn("assistant", task)))
@@ -193,21 +204,27 @@ def conversations(*names: str) -> tuple[Conversation, ...]:
 def test_epochs_go_round_the_conversations_of_the_stage() -> None:
     told = conversations("align/a", "instruct/b", "instruct/c", "align/d", "instruct/e")
     group = make_group("x", 1, conversations=told)
-    tasks = [pick_conversation(group, "instruct", 0, epoch).task for epoch in range(6)]
+    tasks = [pick(group, "instruct", 0, epoch)[0] for epoch in range(6)]
     assert sorted(tasks[:3]) == ["b", "c", "e"]
     assert tasks[3:] == tasks[:3]
-    assert {pick_conversation(group, "align", 0, e).task for e in range(2)} == {"a", "d"}
+    assert {pick(group, "align", 0, e)[0] for e in range(2)} == {"a", "d"}
+
+
+def test_a_stage_may_have_all_conversations_and_another_first_each_epoch() -> None:
+    told = conversations("align/a", "instruct/b", "instruct/c", "align/d", "instruct/e")
+    group = make_group("x", 1, conversations=told)
+    orders = ["".join(pick(group, "instruct", 0, epoch, "all")) for epoch in range(4)]
+    assert sorted(orders[:3]) == ["bce", "ceb", "ebc"]
+    assert orders[3] == orders[0]
 
 
 def test_exams_and_seeds_begin_at_different_conversations() -> None:
     told = conversations("align/a", "align/b", "align/c")
     groups = [make_group(f"exam {i}", 1, conversations=told) for i in range(60)]
     for seed in (0, 1):
-        firsts = [pick_conversation(group, "align", seed, 0).task for group in groups]
+        firsts = [pick(group, "align", seed, 0)[0] for group in groups]
         assert all(8 < firsts.count(task) < 35 for task in "abc")
-    by_seed = [
-        [pick_conversation(group, "align", seed, 0).task for group in groups] for seed in (0, 1)
-    ]
+    by_seed = [[pick(group, "align", seed, 0)[0] for group in groups] for seed in (0, 1)]
     assert by_seed[0] != by_seed[1]
 
 
@@ -215,4 +232,65 @@ def test_an_exam_without_conversations_says_what_to_run() -> None:
     group = make_group("x", 1, conversations=conversations("align/a"))
     message = "exam x: no conversation for stage 'instruct'; run ray_jobs.instructions"
     with pytest.raises(ValueError, match=message):
-        pick_conversation(group, "instruct", 0, 0)
+        pick(group, "instruct", 0, 0)
+
+
+SHOWN = [1, VISUAL, VISUAL]
+"""What every conversation begins with: a token, and the frame."""
+
+
+def text(question: list[int], answer: list[int], begin: list[int] = SHOWN) -> tuple[Any, Any]:
+    return begin + question + answer, [IGNORED] * (len(begin) + len(question)) + answer
+
+
+def test_conversations_stand_behind_the_frames_they_share() -> None:
+    joined = join([text([5], [6, 7]), text([8, 9], [10]), text([11], [12])], 99)
+    assert joined.ids == [1, VISUAL, VISUAL, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert joined.labels == [*[IGNORED] * 4, 6, 7, IGNORED, IGNORED, 10, IGNORED, 12]
+    assert joined.conversations == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+
+
+def test_what_does_not_fit_as_a_whole_stays_out() -> None:
+    texts = [text([5], [6, 7]), text([8, 9], [10]), text([11], [12])]
+    assert join(texts, 8) == join([texts[0], texts[2]], 99)
+    assert join(texts, 6) == join(texts[:1], 99)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        text([5], [6], begin=[2, VISUAL, VISUAL]),  # another system text
+        text([5], [6], begin=[1, 4, VISUAL, VISUAL]),  # the frames come with a later turn
+        text([5], [6], begin=[1, VISUAL, VISUAL, VISUAL]),
+        text([], [6]),  # nothing stands between the frames and the answer
+    ],
+)
+def test_what_begins_otherwise_stays_out(other: tuple[list[int], list[int]]) -> None:
+    one = text([5], [6, 7])
+    assert join([one, other, one], 99) == join([one, one], 99)
+    assert join([other, one], 99).ids == other[0]
+
+
+def test_nothing_that_is_learnt_is_shared() -> None:
+    ids, labels = [1, 4, 5, VISUAL, VISUAL, 6, 7], [IGNORED] * 7
+    labels[2] = ids[2]  # an answer before the frames
+    labels[6] = ids[6]
+    joined = join([(ids, labels), (ids, labels)], 99)
+    assert joined == (ids, labels, [1] * 7)
+
+
+def test_a_batch_of_exams_with_all_their_conversations() -> None:
+    samples = [make_sample("a", 2, "c"), make_sample("b", 3, "def")]
+    two = [*samples[0].conversations, *samples[1].conversations]
+    batch = make_collator()([replace(samples[0], conversations=two), samples[1]])
+    alone = make_collator()(samples)
+    places = batch.text_mask_BS.sum(-1)
+    shared = int((batch.conversation_BS[0, : places[0]] == 0).sum())
+    assert places.tolist() == [alone.text_mask_BS.sum() - shared, alone.text_mask_BS[1].sum()]
+    for number, row in ((1, 0), (2, 1)):
+        own = (batch.conversation_BS[0] == number) & batch.text_mask_BS[0]
+        expected = alone.input_ids_BS[row, shared : alone.text_mask_BS[row].sum()]
+        assert batch.input_ids_BS[0, own].tolist() == expected.tolist()
+        answers = alone.labels_BS[row, shared : alone.text_mask_BS[row].sum()]
+        assert batch.labels_BS[0, own].tolist() == answers.tolist()
+    assert batch.conversation_BS.max(-1).tolist() == [2, 1]

@@ -9,12 +9,16 @@ import pytest
 
 from tests.data.exam_tables import T, encode, encode_frames, make_exam, write_exams
 from ultra import storage
-from ultra.config import ConfigError, DataConfig
+from ultra.config import ConfigError, DataConfig, StageConfig
 from ultra.data import stream
 from ultra.data.features import write_features
 
 SPLITS = {3: "test", 8: "validation", 20: "test"}
 EXAMS = [make_exam(i, SPLITS.get(i, "train")) for i in range(29)]
+ALIGN, INSTRUCT = (
+    StageConfig.model_validate({"name": name, "trainable": ["scorer"], "epochs": 1})
+    for name in ("align", "instruct")
+)
 TRAIN = {f"exam-{i}" for i in range(29) if i not in SPLITS}
 
 
@@ -78,8 +82,8 @@ def test_the_first_exams_of_a_split(config, tmp_path, cached) -> None:
     for row in stream.read_split(source, "test", 2):
         exam = EXAMS[int(row["exam_id"].split("-")[1])]
         assert tuple(row["frames"]) == exam.frames
-        sample = stream.to_sample(row, "align", 0, T, "float16")
-        assert sample.conversation.turns == exam.conversations[0].turns
+        sample = stream.to_sample(row, ALIGN, 0, T, "float16")
+        assert sample.conversations[0].turns == exam.conversations[0].turns
         if cached:
             assert sample.features is not None
             for name, expected in encode_frames(exam.frames).items():
@@ -119,7 +123,7 @@ def test_with_a_whole_cache_rows_carry_features_and_no_frames(config, tmp_path) 
     assert {row["exam_id"] for row in rows} == TRAIN
     for row in rows:
         assert "frames" not in row
-        sample = stream.to_sample(row, "instruct", 0, T, "float16")
+        sample = stream.to_sample(row, INSTRUCT, 0, T, "float16")
         exam = by_id[row["exam_id"]]
         expected = encode_frames(exam.frames)
         assert sample.features.keys() == expected.keys()
@@ -127,7 +131,7 @@ def test_with_a_whole_cache_rows_carry_features_and_no_frames(config, tmp_path) 
             assert np.array_equal(sample.features[name], array)
         assert sample.group.frames == ()
         assert sample.group.frame_sizes == exam.frame_sizes
-        assert sample.conversation.stage == "instruct"
+        assert [c.stage for c in sample.conversations] == ["instruct"]
     # The order is that of pixels.
     pixels = stream.open_source(config, cache, "pixels")
     assert [row["exam_id"] for row in read(pixels)] == [row["exam_id"] for row in rows]
@@ -140,7 +144,7 @@ def test_else_rows_carry_frames_and_no_features(config, tmp_path, count, use) ->
     assert not source.features
     by_id = {exam.exam_id: exam for exam in EXAMS}
     for row in read(source):
-        sample = stream.to_sample(row, "align", 0, T, "float16")
+        sample = stream.to_sample(row, ALIGN, 0, T, "float16")
         assert sample.features is None
         assert sample.group == by_id[row["exam_id"]]
         assert sample.epoch == 0

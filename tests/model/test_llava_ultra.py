@@ -178,6 +178,42 @@ def test_only_answers_are_learned(make_model, make_inputs) -> None:
     assert masked == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("strategy", ["adaptive", "each"])
+def test_an_exam_s_loss_is_the_mean_of_its_conversations(make_model, make_inputs, strategy) -> None:
+    """Two rows of one exam, joined behind the frame, lose what they lose one by one."""
+    model = make_model(selection={"teacher": "none", "strategy": strategy})
+    inputs = make_inputs((3, 3))
+    inputs["features"] = {n: f[:1].expand_as(f) for n, f in inputs["features"].items()}
+    alone = [model(**{**inputs, **only(inputs, row)})["language"] for row in (0, 1)]
+    begin = 2 + T
+    ids, labels, mask = (inputs[name] for name in ("input_ids_BS", "labels_BS", "text_mask_BS"))
+    joined = [torch.cat([x[0][mask[0]], x[1][mask[1]][begin:]])[None] for x in (ids, labels)]
+    first = int(mask[0].sum()) - begin
+    numbers = torch.tensor([[0] * begin + [1] * first + [2] * (joined[0].shape[1] - begin - first)])
+    both = {
+        **inputs,
+        "features": {n: f[:1] for n, f in inputs["features"].items()},
+        "frame_mask_BK": inputs["frame_mask_BK"][:1],
+        "input_ids_BS": joined[0],
+        "labels_BS": joined[1],
+        "text_mask_BS": torch.ones_like(numbers, dtype=torch.bool),
+        "conversation_BS": numbers,
+        "findings_ids_BS": inputs["findings_ids_BS"][:1],
+        "findings_mask_BS": inputs["findings_mask_BS"][:1],
+    }
+    expected = (float(alone[0]) + float(alone[1])) / 2
+    assert abs(float(alone[0]) - float(alone[1])) > 1e-3
+    assert float(model(**both)["language"]) == pytest.approx(expected, rel=1e-4)
+    missing = {name: value for name, value in both.items() if name != "conversation_BS"}
+    assert float(model(**missing)["language"]) != pytest.approx(expected, rel=1e-4)
+
+
+def only(inputs, row: int):
+    """The text of both rows is that of one."""
+    names = ("input_ids_BS", "labels_BS", "text_mask_BS")
+    return {name: inputs[name][row].expand_as(inputs[name]) for name in names}
+
+
 PARTS = {
     "align": ("projectors", "alpha", "scorer"),
     "instruct": ("projectors", "alpha", "scorer", "lora"),

@@ -73,6 +73,71 @@ def test_logits_and_gradients_are_those_of_each_row_alone(
     branch.base.set_attn_implementation("sdpa")
 
 
+NUMBERS = [[0] * 4 + [1] * 3 + [2] * 5 + [3] * 2, [0] * 6 + [1] * 9 + [2] * 11, [1] * 8]
+"""Conversations of three rows: the two short ones fit behind each other."""
+
+
+def numbered() -> tuple[torch.Tensor, torch.Tensor]:
+    """The mask of those rows, and their numbers, padded with zeros."""
+    longest = max(map(len, NUMBERS))
+    padded = [row + [0] * (longest - len(row)) for row in NUMBERS]
+    return mask_of([len(row) for row in NUMBERS]), torch.tensor(padded)
+
+
+def test_conversations_go_on_from_what_they_share() -> None:
+    packing = plan_packing(*numbered())
+    short = [0, 1, 2, 3, *(4, 5, 6), *(4, 5, 6, 7, 8), *(4, 5)]
+    assert packing.positions_PL.tolist() == [
+        [*range(6), *range(6, 15), *range(6, 17)],
+        [*short, *range(8), 0, 0, 0, 0],
+    ]
+    assert packing.seen_PLL is not None
+    seen = packing.seen_PLL[1]
+    assert seen[13].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 12, 13]
+    assert seen[16].nonzero()[:, 0].tolist() == [14, 15, 16]
+    assert seen.any(-1).all()  # filling sees filling
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_conversations_of_a_row_are_computed_as_if_each_were_alone(
+    branch: LanguageBranch, attention: str
+) -> None:
+    branch.base.set_attn_implementation(attention)
+    mask_BS, number_BS = numbered()
+    embeds_BSD = torch.randn(*mask_BS.shape, branch.width, requires_grad=True)
+    logits_BSV = branch(embeds_BSD, mask_BS, number_BS)
+    ours, alone = [], []
+    for row, numbers in enumerate(NUMBERS):
+        for number in range(1, max(numbers) + 1):
+            own = [place for place, n in enumerate(numbers) if n in (0, number)]
+            theirs = branch.model(inputs_embeds=embeds_BSD[row, own][None], use_cache=False)
+            ours.append(logits_BSV[row, own])
+            alone.append(theirs.logits[0])
+    torch.testing.assert_close(torch.cat(ours), torch.cat(alone), rtol=1e-4, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(1e5 * torch.cat(logits).square().mean(), embeds_BSD, retain_graph=True)
+        for logits in (ours, alone)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+    assert gradients[1][0][mask_BS].abs().max() > 0.1
+    branch.base.set_attn_implementation("sdpa")
+
+
+def test_no_conversation_sees_another_and_all_see_what_they_share(branch: LanguageBranch) -> None:
+    mask_BS, number_BS = numbered()
+    embeds_BSD = torch.randn(*mask_BS.shape, branch.width)
+    before = branch(embeds_BSD, mask_BS, number_BS)
+    for row, number in ((0, 0), (0, 1), (0, 3), (1, 2), (2, 1)):
+        changed = (number_BS[row] == number) & mask_BS[row]
+        other = embeds_BSD.clone()
+        other[row, changed] = 1000 * torch.randn(int(changed.sum()), branch.width)
+        same_BS = (branch(other, mask_BS, number_BS) == before).all(-1)
+        moved = changed if number else mask_BS[row]
+        assert not same_BS[row, moved].any()
+        same_BS[row, moved] = True
+        assert same_BS[mask_BS].all()
+
+
 def test_nothing_leaks_from_one_row_into_another(branch: LanguageBranch) -> None:
     lengths = [5, 30, 6, 9]  # the three short ones share a row
     mask_BS = mask_of(lengths)

@@ -90,7 +90,7 @@ def make_samples(num_frames: tuple[int, ...] = (3, 1, 2)) -> list[Sample]:
             name: rng.normal(size=(count, T, width)).astype(np.float16)
             for name, width in (("clip", CLIP), ("sam", SAM))
         }
-        samples.append(Sample(group, Conversation("align", "t", turns), features))
+        samples.append(Sample(group, [Conversation("align", "t", turns)], features))
     return samples
 
 
@@ -281,11 +281,11 @@ def test_pixels_and_features_are_the_same_inputs(random_config, model) -> None:
     samples = make_samples((3, 1))
     collator = Collator(model.language.tokenizer, "plain", lambda k: T, 400)
     with_frames = [
-        Sample(replace(s.group, frames=g), s.conversation, None)
+        Sample(replace(s.group, frames=g), s.conversations, None)
         for s, g in zip(samples, groups, strict=True)
     ]
     with_features = [
-        Sample(s.group, s.conversation, encoders([g])[0])
+        Sample(s.group, s.conversations, encoders([g])[0])
         for s, g in zip(samples, groups, strict=True)
     ]
     cpu = torch.device("cpu")

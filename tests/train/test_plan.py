@@ -221,7 +221,14 @@ def test_a_medium_model_holds_what_was_planned(
 
 def make_assumptions(**changes: Any) -> Assumptions:
     return Assumptions(
-        **{"exams": 1000, "frames": 5, "text_tokens": 40, "gpu_memory": 48.0, **changes}
+        **{
+            "exams": 1000,
+            "frames": 5,
+            "text_tokens": 40,
+            "conversations": 1,
+            "gpu_memory": 48.0,
+            **changes,
+        }
     )
 
 
@@ -265,6 +272,16 @@ def test_operations_of_13b_are_those_of_its_matrices(planned: Plan) -> None:
     expected = 4 * (tokens * matrices + projectors) + 2 * attention  # LoRA, fresh, is left out
     assert align.steps < 120  # the teacher's warm-up
     assert align.flops == pytest.approx(expected, rel=0.002)
+
+
+def test_conversations_share_the_visual_tokens_as_far_as_there_is_room() -> None:
+    def tokens(name: str, conversations: int) -> list[int]:
+        known = make_assumptions(conversations=conversations)
+        return [stage.tokens for stage in make_plan(load(name), known).stages]
+
+    assert tokens("llava-ultra-7b", 6) == [256 + 6 * 40] * 2
+    assert tokens("llava-ultra-7b", 60) == [256 + 44 * 40] * 2  # 2,048 in all
+    assert tokens("llava-7b", 6) == [576 + 40] * 2  # a row for each, as LLaVA has it
 
 
 def test_gradient_checkpointing_of_13b_is_in_its_operations_and_its_memory(planned: Plan) -> None:

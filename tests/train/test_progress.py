@@ -21,6 +21,7 @@ def make_batch(*used: tuple[int, str]) -> Batch:
         input_ids_BS=EMPTY,
         labels_BS=EMPTY,
         text_mask_BS=EMPTY.astype(bool),
+        conversation_BS=EMPTY,
         findings_ids_BS=EMPTY,
         findings_mask_BS=EMPTY.astype(bool),
     )

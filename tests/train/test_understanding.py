@@ -124,7 +124,7 @@ def begin(config: PipelineConfig, stage: int = 1) -> StageRun:
 def batches(run: StageRun, source: stream.Source) -> Iterator[dict[str, Any]]:
     collate = collator_of(run)
     rows = stream.read_split(source, "train", NUM_TRAIN)
-    samples = [stream.to_sample(row, run.stage.name, 0, T, "float16") for row in rows]
+    samples = [stream.to_sample(row, run.stage, 0, T, "float16") for row in rows]
     while True:
         for i in range(NUM_TRAIN):
             yield to_inputs(collate([samples[i], samples[i - 1]]), None, torch.device("cpu"))

@@ -76,7 +76,7 @@ def expected(run: Any, source: stream.Source, encoders: FrozenEncoders) -> tuple
     nats, tokens, right, known = 0.0, 0, 0, 0
     model, config = run.model.eval(), run.config.model
     for row in stream.read_split(source, "validation", 99):
-        sample = stream.to_sample(row, "instruct", 0, config.tokens_per_frame, config.vision.dtype)
+        sample = stream.to_sample(row, run.stage, 0, config.tokens_per_frame, config.vision.dtype)
         batch = collator_of(run)([sample])
         inputs = to_inputs(batch, encoders, torch.device("cpu"))
         with torch.no_grad():

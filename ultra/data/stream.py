@@ -14,12 +14,12 @@ from itertools import chain, islice
 from typing import Any
 
 from ultra import storage
-from ultra.config import ConfigError, DataConfig
+from ultra.config import ConfigError, DataConfig, StageConfig
 from ultra.data import parquet, schema
-from ultra.data.collate import Sample, pick_conversation
+from ultra.data.collate import Sample, pick_conversations
 from ultra.data.features import features_uris, read_features, unpack
 from ultra.tracking import Tracker
-from ultra.types import Split, Stage
+from ultra.types import Split
 
 ROW_GROUPS_PER_WINDOW = 4
 
@@ -199,13 +199,13 @@ def read_exams(
 
 
 def to_sample(
-    row: Mapping[str, Any], stage: Stage, seed: int, num_tokens: int, dtype: str
+    row: Mapping[str, Any], stage: StageConfig, seed: int, num_tokens: int, dtype: str
 ) -> Sample:
-    """Return a row of `read_window` with the conversation its epoch trains on."""
+    """Return a row of `read_window` with the conversations its epoch trains on."""
     group = schema.from_row(row)
-    conversation = pick_conversation(group, stage, seed, row["epoch"])
+    conversations = pick_conversations(group, stage, seed, row["epoch"])
     stored = row.get("features")
     features = unpack(stored, num_tokens, dtype) if stored is not None else None
     if features is not None:
         group = replace(group, frames=())
-    return Sample(group, conversation, features, row["epoch"])
+    return Sample(group, conversations, features, row["epoch"])

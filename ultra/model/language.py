@@ -95,15 +95,27 @@ class LanguageBranch(nn.Module):
         else:
             self.model.base_model.disable_adapter_layers()
 
-    def forward(self, embeds_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+    def forward(
+        self, embeds_BSD: Tensor, mask_BS: Tensor, conversation_BS: Tensor | None = None
+    ) -> Tensor:
         """Return logits_BSV of rows with padding on their right, where they mean nothing.
 
         Rows that fit into the length of another are computed behind it (see `packing`).
+
+        Args:
+            embeds_BSD: what is read.
+            mask_BS: True where a token is real.
+            conversation_BS: of each token, as in `Batch`; None for rows of one conversation.
         """
-        packing = plan_packing(mask_BS)
+        packing = plan_packing(mask_BS, conversation_BS)
+        seen = packing.seen_PLL
+        if seen is not None:
+            lowest = torch.finfo(embeds_BSD.dtype).min
+            seen = embeds_BSD.new_zeros(seen.shape).masked_fill(~seen, lowest).unsqueeze(1)
         logits: Tensor = self.model(
             inputs_embeds=packing.pack(embeds_BSD),
             position_ids=packing.positions_PL,
+            attention_mask=seen,
             use_cache=False,
         ).logits
         return packing.unpack(logits)
@@ -149,13 +161,26 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     return functional.pad(losses, (1, 0))
 
 
-def conversation_losses(losses_BS: Tensor, labels_BS: Tensor) -> Tensor:
+def conversation_losses(
+    losses_BS: Tensor, labels_BS: Tensor, conversation_BS: Tensor | None = None
+) -> Tensor:
     """Return losses_B in nats a token: the mean of token losses over each conversation's answers.
 
-    Every conversation counts alike, so a long report does not drown the short answers.
+    Every conversation counts alike, so a long report does not drown the short answers; and every
+    row, whose loss is the mean of its conversations'.
+
+    Args:
+        losses_BS: from `token_losses`.
+        labels_BS: of the same tokens.
+        conversation_BS: of each token, as in `Batch`; None for rows of one conversation.
     """
-    count_B = (labels_BS[:, 1:] != IGNORED).sum(-1)
-    return losses_BS.sum(-1) / count_B
+    counted_BS = functional.pad((labels_BS[:, 1:] != IGNORED).to(losses_BS.dtype), (1, 0))
+    if conversation_BS is None:
+        return losses_BS.sum(-1) / counted_BS.sum(-1)
+    sums_BN = losses_BS.new_zeros(len(losses_BS), int(conversation_BS.max()) + 1)
+    counts_BN = sums_BN.scatter_add(1, conversation_BS, counted_BS)
+    means_BN = sums_BN.scatter_add(1, conversation_BS, losses_BS) / counts_BN.clamp(min=1)
+    return means_BN.sum(-1) / (counts_BN > 0).sum(-1)
 
 
 def _add_lora(base: Any, config: LanguageConfig, adapter: Path | None) -> Any:

@@ -50,6 +50,7 @@ class LlavaUltra(nn.Module):
         text_mask_BS: Tensor,
         findings_ids_BS: Tensor,
         findings_mask_BS: Tensor,
+        conversation_BS: Tensor | None = None,
         teach: bool = False,
         teacher_BK: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -66,6 +67,7 @@ class LlavaUltra(nn.Module):
             text_mask_BS: True where a token is real.
             findings_ids_BS: the text the teacher reads.
             findings_mask_BS: True where a findings token is real.
+            conversation_BS: of each token, as in `Batch`; None for rows of one conversation.
             teach: whether the redundancy loss counts in this step.
             teacher_BK: the attention teacher's scores, where that is the teacher.
         """
@@ -77,9 +79,10 @@ class LlavaUltra(nn.Module):
             Groups(visual_BKTD, scores_BK, gates_BK, frame_mask_BK)
         )
         ids, labels, mask = input_ids_BS[rows_R], labels_BS[rows_R], text_mask_BS[rows_R]
-        logits = self.language(splice(self.language.embedding, ids, visual_VD), mask)
+        number = None if conversation_BS is None else conversation_BS[rows_R]
+        logits = self.language(splice(self.language.embedding, ids, visual_VD), mask, number)
         losses_RS = token_losses(logits, labels)
-        language = conversation_losses(losses_RS, labels).mean()
+        language = conversation_losses(losses_RS, labels, number).mean()
         redundancy = language.new_zeros(())
         if teach:
             if teacher_BK is None:

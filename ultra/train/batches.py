@@ -29,6 +29,7 @@ ARRAYS = (
     "input_ids_BS",
     "labels_BS",
     "text_mask_BS",
+    "conversation_BS",
     "findings_ids_BS",
     "findings_mask_BS",
 )
@@ -52,7 +53,7 @@ def read_inputs(
     train, model, collate = run.config.train, run.config.model, collator_of(run)
     for rows in steps:
         samples = [
-            to_sample(row, run.stage.name, train.seed, model.tokens_per_frame, model.vision.dtype)
+            to_sample(row, run.stage, train.seed, model.tokens_per_frame, model.vision.dtype)
             for row in rows
         ]
         for batch in collate.batches(samples, train.micro_batch_size):

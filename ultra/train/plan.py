@@ -45,6 +45,7 @@ class Assumptions:
         exams: of the training split.
         frames: of a mean exam.
         text_tokens: of a mean conversation, and of its findings.
+        conversations: of a mean exam, for stages that train on all of them.
         gpu_memory: GiB of each GPU.
         utilisation: share of `tflops` that training reaches.
         tflops: peak of a GPU at the precision, in 10^12 operations a second.
@@ -53,6 +54,7 @@ class Assumptions:
     exams: int = 20_000
     frames: int = 9
     text_tokens: int = 300
+    conversations: int = 6
     gpu_memory: float = 80.0
     utilisation: float = 0.35
     tflops: float = 312.0
@@ -218,11 +220,14 @@ def _plan_stage(
     model: LlavaUltra,
     teaching: Teaching,
 ) -> StagePlan:
-    train = config.train
+    train, visual = config.train, num_visual_tokens(config.model, assumptions.frames)
+    conversations, room = 1, config.model.language.max_length - visual
+    if stage.conversations == "all":
+        conversations = min(assumptions.conversations, max(room // assumptions.text_tokens, 1))
     mean = Shape(
         samples=1,
         pictures=model.strategy.num_pictures(assumptions.frames),
-        tokens=num_visual_tokens(config.model, assumptions.frames) + assumptions.text_tokens,
+        tokens=visual + conversations * assumptions.text_tokens,
         findings=assumptions.text_tokens,
     )
     model.language.skip_idle_lora(trains="lora" in stage.trainable)

@@ -71,6 +71,7 @@ def open_exams(run: StageRun, source: stream.Source, count: int) -> list[OpenExa
     Encoders are built only for exams without features, and let go of.
     """
     config, seed = run.config.model, run.config.train.seed
+    stage = run.stage.model_copy(update={"conversations": "one"})  # the one a picture shows
     rows = stream.read_split(source, "validation", count)
     device = torch.device("cpu")
     encoders = None
@@ -81,7 +82,7 @@ def open_exams(run: StageRun, source: stream.Source, count: int) -> list[OpenExa
     for row in rows:
         try:
             sample = stream.to_sample(
-                row, run.stage.name, seed, config.tokens_per_frame, config.vision.dtype
+                row, stage, seed, config.tokens_per_frame, config.vision.dtype
             )
             batch = collate([sample])
         except ValueError:  # nothing to ask, or no answer within `max_length`

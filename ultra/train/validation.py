@@ -105,7 +105,7 @@ class Validation:
         while chunk := list(islice(rows, self.size)):
             samples = [
                 stream.to_sample(
-                    row, self.run.stage.name, train.seed, config.tokens_per_frame,
+                    row, self.run.stage, train.seed, config.tokens_per_frame,
                     config.vision.dtype,
                 )
                 for row in chunk
