@@ -86,6 +86,7 @@ def test_predict_answers_a_split(
         assert p.scores == pytest.approx(q.scores, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_with_a_whole_cache_no_encoder_is_loaded_and_the_answers_are_the_same(
     random_config, random_checkpoint, write_exams, expected, tmp_path
@@ -197,6 +198,7 @@ def test_what_is_evaluated_by_its_registered_name_becomes_the_champion(
     assert resolve_version("models:/llava-ultra@champion", tracking.uri) == random_checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_other_models_are_rows_beside_ours(
     random_config, random_checkpoint, random_backbones, exams, tmp_path, capsys
@@ -262,6 +264,7 @@ def test_other_models_are_rows_beside_ours(
         evaluate(configure(random_config, "", root, **{**more, **reuse, "others": (silent,)}))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_public_set_is_scored_without_a_prepare(
     random_config, random_checkpoint, write_exams, tmp_path, capsys

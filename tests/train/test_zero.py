@@ -152,6 +152,7 @@ def test_the_stages_of_zero_agree_and_groups_of_one_and_six_frames_do_not_hang(
         assert (losses_of(runs[zero]) - plain).abs().max() < TOLERANCE
 
 
+@pytest.mark.slow
 def test_understanding_an_exam_after_every_step_changes_nothing(
     runs: dict[int, Path], random_config: PipelineConfig, tmp_path: Path
 ) -> None:
@@ -170,6 +171,7 @@ def test_understanding_an_exam_after_every_step_changes_nothing(
             torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
 def test_gradient_checkpointing_leaves_the_losses_as_they_are(
     runs: dict[int, Path], random_config: PipelineConfig, tmp_path: Path, zero: int
@@ -226,6 +228,7 @@ def test_answers_of_a_reloaded_checkpoint_are_those_of_the_model_in_memory(
     assert torch.equal(*answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after", "workers"), [(2, 3, 2), (3, 2, 2), (2, 0, 1)])
 def test_a_run_resumes_under_another_stage_and_number_of_workers(
     runs: dict[int, Path],
