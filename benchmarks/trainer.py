@@ -10,7 +10,8 @@ as LLaVA does; its rows are a conversation each, and padded. It shows the langua
 of an exam, or the text with every frame in turn, as prior practice has it. ultra encodes every
 frame of every exam once, which is counted, and chooses among them, taught by attention; its rows
 are an exam each, the conversations behind the frame they share. `tokens_per_batch` says how many
-tokens, filling included, a forward pass of each has: ultra's has no more.
+tokens, filling included, a forward pass of each has: ultra's has no more. A step is one pass; it
+has more conversations of the second stage on ultra's side, which so takes fewer steps.
 
 A sample is one conversation in one epoch, whatever frames it was shown with. Counted is everything
 from the exams on disk to the final weights, each in a process of its own with as many threads as
